@@ -1,0 +1,83 @@
+"""Writing files so that a kill, a full disk or Ctrl-C never leaves half of one behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenflow.errors import UserError
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the disk; free some or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EACCES: "permission denied; choose a place you may write to",
+    errno.EPERM: "permission denied; choose a place you may write to",
+    errno.EROFS: "the file system is read-only; choose a place you may write to",
+    errno.EISDIR: "it is a folder; give a file name",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def write_error(path: str | os.PathLike[str], error: OSError) -> UserError:
+    """The one-line UserError that says why `path` cannot be written."""
+    reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+    return UserError(f"cannot write {os.fspath(path)}: {reason}")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well it becomes `path`, else it is removed.
+
+    The temporary file exists already (empty, private to this call) and keeps the suffix of `path`, for
+    writers that look at it. Missing parent folders are made. The file and its folder entry are flushed to
+    disk, so that after a power cut `path` is either the old or the new file. Any exception, KeyboardInterrupt
+    too, leaves `path` as it was and passes on.
+
+        with atomic_write("out.safetensors") as temporary:
+            save_file(tensors, temporary)
+
+    Raises UserError, one line, if the disk is full or the place cannot be written to: also for an OSError out
+    of the block that says so (unless it names another file). Other exceptions of the block are not touched.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem[:64]}.{secrets.token_hex(6)}{target.suffix}")
+    created = False
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a directory", str(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = target.stat().st_mode & 0o777 if target.exists() else None
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        created = True
+        yield temporary
+        if mode is not None:
+            temporary.chmod(mode)
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except OSError as error:
+        ours = error.filename is None or Path(os.fsdecode(error.filename)) in (
+            temporary,
+            target,
+            target.parent,
+        )
+        if ours and error.errno in _REASONS:
+            raise write_error(target, error) from error
+        raise
+    finally:
+        if created:
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
