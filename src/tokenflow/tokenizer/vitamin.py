@@ -117,7 +117,7 @@ class ViTaminShortcut(nn.Module):
 
 
 class ViTaminConvBlock(nn.Module):
-    """Inverted bottleneck: norm, 1x1 to `conv_expansion` x the output width, depthwise 3x3, 1x1; plus shortcut."""
+    """Inverted bottleneck: norm, 1x1 to 4x the output width, depthwise 3x3, 1x1; plus shortcut."""
 
     def __init__(self, config: ViTaminConfig, width_in: int, width_out: int, stride: int):
         super().__init__()
@@ -175,7 +175,7 @@ class ViTaminEmbeddings(nn.Module):
         self.backbone = ViTaminBackbone(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        # the flattened map is a transposed view, and LayerNorm and the additions would carry its strides along
+        # the flattened map is a transposed view; without the copy later layers would carry its strides along
         return self.backbone(pixel_values).flatten(2).transpose(1, 2).contiguous()
 
 
