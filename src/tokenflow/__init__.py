@@ -1,1 +1,48 @@
-"""TokenFlow."""
+"""TokenFlow: one image tokenizer for understanding and generation (Qu et al., CVPR 2025, arXiv 2412.03069).
+
+    from tokenflow import TokenFlowImageProcessor, TokenFlowModel
+
+    model = TokenFlowModel.from_pretrained("tokenflow-tiny")
+    processor = TokenFlowImageProcessor.from_pretrained("tokenflow-tiny")
+
+The public names load on first use, so that `import tokenflow` itself costs nothing (no torch, no transformers).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tokenflow.auto import register_with_transformers
+from tokenflow.bundled import bundled_path
+from tokenflow.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenflow.tokenizer.configuration import TokenFlowConfig
+    from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
+    from tokenflow.tokenizer.modeling import TokenFlowModel
+
+__version__ = "0.1.0"
+
+__all__ = ["TokenFlowConfig", "TokenFlowImageProcessor", "TokenFlowModel", "UserError", "bundled_path"]
+
+_LAZY = {
+    "TokenFlowConfig": "tokenflow.tokenizer.configuration",
+    "TokenFlowImageProcessor": "tokenflow.tokenizer.image_processing",
+    "TokenFlowModel": "tokenflow.tokenizer.modeling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tokenflow' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+register_with_transformers()
