@@ -1,0 +1,136 @@
+"""How well images come back: PSNR, SSIM, perceptual distances, rFID and codebook usage.
+
+Definitions (the ones that published numbers most often leave open): pictures are centre-cropped as the
+tokenizer's own processor does it; reconstructions are truncated to 8 bits (`clamp(127.5 x + 128)`) and
+compared with 8-bit originals; PSNR is taken per image and averaged in dB; SSIM has data range 1, an
+11-pixel Gaussian window of sigma 1.5, RGB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenflow.errors import UserError
+from tokenflow.evaluation import baselines, report
+from tokenflow.evaluation.inception import FidInception, GaussianStatistics, frechet_distance
+
+if TYPE_CHECKING:
+    from tokenflow.data.sources import Source
+    from tokenflow.tokenizer.modeling import TokenFlowModel
+
+# PSNR given to a picture that comes back without any error, where the formula has no value.
+IDENTICAL_DB = 100.0
+
+
+def to_unit_range(pictures: Tensor) -> Tensor:
+    """uint8 -> fp32 in [-1, 1], what the tokenizer reads."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_uint8(pixel_values: Tensor) -> Tensor:
+    """[-1, 1] (not clamped) -> uint8, truncating as the released code does."""
+    return (127.5 * pixel_values.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def psnr(real: Tensor, fake: Tensor) -> Tensor:
+    """PSNR in dB of each uint8 picture [B, 3, H, W] -> [B] fp64; `IDENTICAL_DB` where the two are equal."""
+    error = (real.double() - fake.double()).square().mean((1, 2, 3))
+    return torch.where(error > 0, 10 * torch.log10(255**2 / error), IDENTICAL_DB)
+
+
+def ssim(real: Tensor, fake: Tensor) -> Tensor:
+    """SSIM of each uint8 picture [B, 3, H, W] -> [B] fp64, data range 1 (torchmetrics; Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    real, fake = real.float() / 255, fake.float() / 255
+    value = structural_similarity_index_measure(fake, real, data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)  # a tuple only where the full image is asked for
+    return value.double()
+
+
+class CodebookUsage:
+    """Which codes were seen, overall and per scale."""
+
+    def __init__(self, codebook_size: int, scales: Sequence[int]) -> None:
+        self.scales = list(scales)
+        self.seen = torch.zeros(len(self.scales), codebook_size, dtype=torch.bool)
+        self.pictures = 0
+
+    def update(self, indices: Tensor) -> None:
+        """Add `indices` [B, L] int64, scales in order."""
+        parts = indices.cpu().split([side * side for side in self.scales], dim=1)
+        for seen, part in zip(self.seen, parts, strict=True):
+            seen[part.reshape(-1)] = True
+        self.pictures += len(indices)
+
+    def compute(self) -> dict[str, Any]:
+        """`overall`: distinct codes / K; `per scale`: distinct codes / min(K, tokens of that scale seen)."""
+        codebook_size = self.seen.shape[1]
+        per_scale = {}
+        for side, seen in zip(self.scales, self.seen, strict=True):
+            tokens = self.pictures * side * side
+            per_scale[f"{side}x{side}"] = int(seen.sum()) / max(min(codebook_size, tokens), 1)
+        return {"overall": int(self.seen.any(0).sum()) / codebook_size, "per scale": per_scale}
+
+
+# A distance takes two uint8 batches [B, 3, H, W] and returns one number per picture [B].
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def measure(
+    batches: Iterable[Tensor],
+    rebuild: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    *,
+    usage: CodebookUsage | None = None,
+    distances: dict[str, Distance] | None = None,
+    inception: FidInception | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rebuild every batch and average over pictures.
+
+    Args:
+        batches: uint8 pictures [B, 3, H, W].
+        rebuild: uint8 batch -> (uint8 batch, indices [B, L] or None).
+        usage: counts the indices where given.
+        distances: further per-picture distances by name, such as LPIPS.
+        inception: adds rFID where given.
+
+    Returns:
+        the metrics, and what was measured on: `pictures` and `reference_sha256` (of the prepared pixels, so
+        that any difference in crop, resize, decoding or order shows).
+    """
+    distances = distances or {}
+    totals: dict[str, list[Tensor]] = {"PSNR (dB)": [], "SSIM": [], **{name: [] for name in distances}}
+    statistics = (GaussianStatistics(), GaussianStatistics())
+    digest = hashlib.sha256()
+    pictures = 0
+    with torch.inference_mode():
+        for real in batches:
+            digest.update(real.cpu().contiguous().numpy().tobytes())
+            pictures += len(real)
+            fake, indices = rebuild(real)
+            totals["PSNR (dB)"].append(psnr(real, fake))
+            totals["SSIM"].append(ssim(real, fake))
+            for name, distance in distances.items():
+                totals[name].append(distance(real, fake).double().reshape(-1))
+            if inception is not None:
+                statistics[0].update(inception(real))
+                statistics[1].update(inception(fake))
+            if usage is not None and indices is not None:
+                usage.update(indices)
+    if not pictures:
+        raise UserError("the evaluation set is empty: no picture could be read; check data and split")
+    metrics: dict[str, Any] = {name: float(torch.cat(values).mean()) for name, values in totals.items()}
+    if inception is not None:
+        (mean, covariance), (fake_mean, fake_covariance) = (s.mean_and_covariance() for s in statistics)
+        metrics["rFID"] = frechet_distance(mean, covariance, fake_mean, fake_covariance)
+    if usage is not None:
+        metrics["codebook usage"] = usage.compute()
+    return metrics, {"pictures": pictures, "reference_sha256": digest.hexdigest()}

@@ -1,0 +1,131 @@
+"""Reconstruction figures against cases whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tokenflow.errors import UserError
+from tokenflow.evaluation import baselines
+from tokenflow.evaluation.reconstruction import (
+    CodebookUsage,
+    measure,
+    psnr,
+    ssim,
+    to_uint8,
+    to_unit_range,
+)
+
+
+def pictures(count=4, side=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def test_psnr_of_a_known_error_is_analytic():
+    real = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    fake = real.clone()
+    fake[0] += 5  # error 25 everywhere
+    fake[1, :, ::2] += 10  # error 100 on half of the pixels
+    expected = [20 * math.log10(255 / 5), 10 * math.log10(255**2 / 50)]
+    assert psnr(real, fake).tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_psnr_of_gaussian_noise_matches_its_deviation():
+    real = torch.full((8, 3, 64, 64), 128, dtype=torch.uint8)
+    noise = 10 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    fake = (real + noise).round().clamp(0, 255).to(torch.uint8)
+    expected = 10 * math.log10(255**2 / (10**2 + 1 / 12))  # rounding adds a twelfth
+    assert float(psnr(real, fake).mean()) == pytest.approx(expected, abs=0.05)
+
+
+def test_identical_pictures():
+    real = pictures()
+    assert ssim(real, real).tolist() == pytest.approx([1.0] * 4)
+    assert psnr(real, real).tolist() == [100.0] * 4
+
+
+def test_psnr_is_averaged_over_pictures_in_decibels_not_over_errors():
+    real = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    fake = real + torch.tensor([1, 50], dtype=torch.uint8).view(2, 1, 1, 1)
+    batches = iter([fake[:1], fake[1:]])
+    metrics, _ = measure([real[:1], real[1:]], lambda x: (next(batches), None))
+    assert metrics["PSNR (dB)"] == pytest.approx((20 * math.log10(255) + 20 * math.log10(255 / 50)) / 2)
+
+
+def test_ssim_falls_with_noise_and_ignores_batch_composition():
+    real = pictures(3)
+    little = (real.int() + 4).clamp(0, 255).to(torch.uint8)
+    other = pictures(3, seed=1)
+    values = ssim(real, little)
+    assert (values > 0.95).all()
+    assert (ssim(real, other) < 0.2).all()
+    assert values[2].item() == pytest.approx(ssim(real[2:], little[2:]).item())
+
+
+def test_pixels_survive_the_way_into_the_model_and_back():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_unit_range(every)), every)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_codebook_usage_is_exact_overall_and_per_scale():
+    usage = CodebookUsage(codebook_size=8, scales=[1, 2])
+    usage.update(torch.tensor([[0, 1, 1, 1, 1], [0, 1, 2, 3, 4]]))
+    assert usage.compute() == {"overall": 5 / 8, "per scale": {"1x1": 1 / 2, "2x2": 4 / 8}}
+    usage.update(torch.tensor([[7, 5, 6, 7, 0]]))
+    assert usage.compute() == {"overall": 1.0, "per scale": {"1x1": 2 / 3, "2x2": 8 / 8}}
+
+
+def test_reference_hash_sees_pixels_and_order_but_not_batches():
+    real = pictures(6)
+
+    def keep(x):
+        return x, None
+
+    whole, chunks = (measure(real.split(n), keep)[1] for n in (6, 4))
+    assert whole == chunks
+    assert whole["pictures"] == 6
+    assert measure([real.flip(0)], keep)[1]["reference_sha256"] != whole["reference_sha256"]
+    with pytest.raises(UserError, match="evaluation set is empty"):
+        measure([], keep)
+
+
+def test_extra_distances_are_averaged_over_pictures():
+    real = pictures(5)
+    metrics, _ = measure(
+        real.split(3), lambda x: (x, None), distances={"count": lambda a, b: torch.ones(len(a)) * 2}
+    )
+    assert metrics["count"] == 2.0
+
+
+def smooth_pictures():
+    ramp = torch.linspace(0, 255, 32)
+    return torch.stack([ramp.expand(32, 32), ramp.view(-1, 1).expand(32, 32), torch.full((32, 32), 90.0)]).to(
+        torch.uint8
+    )[None]
+
+
+@pytest.mark.parametrize("name", ["shrink:8", "webp:400", "jpeg:400"])
+def test_baselines_keep_smooth_pictures(name):
+    real = smooth_pictures()
+    fake = baselines.reconstruct(name, real)
+    assert fake.shape == real.shape
+    assert fake.dtype == torch.uint8
+    assert psnr(real, fake).item() > 28
+
+
+def test_a_larger_budget_never_hurts():
+    real = pictures(2)
+    few, many = (psnr(real, baselines.reconstruct(f"webp:{n}", real)) for n in (200, 800))
+    assert (many >= few).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("png:9", "unknown baseline 'png:9'"), ("webp:3", "no picture fits in 3 bytes")]
+)
+def test_baselines_that_cannot_be_had(name, message):
+    with pytest.raises(UserError, match=message):
+        baselines.reconstruct(name, pictures(1))
