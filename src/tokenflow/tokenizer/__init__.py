@@ -1,0 +1,1 @@
+"""Images to tokens and back. Imports nothing from the other rooms."""

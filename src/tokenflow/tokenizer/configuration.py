@@ -1,0 +1,335 @@
+"""The configuration of a TokenFlow tokenizer, and the presets of the paper (Tab. 11).
+
+A tokenizer is a list of *flows* that share one index per patch (Sec. 3.2). Each flow has an encoder of one of two
+kinds: `semantic` (a vision transformer, an encoding head, and a semantic decoder that is trained to give back a
+teacher's features) or `pixel` (a convolutional encoder). One pixel decoder reads the flows that it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from tokenflow.errors import UserError
+from tokenflow.names import unknown_name
+
+FeatureStrategy = Literal["last", "last-semantic", "all", "all-residual"]
+FEATURE_STRATEGIES = ("last", "last-semantic", "all", "all-residual")
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolutional encoder or decoder (Sec. A.2; the VQGAN layout of the released checkpoints).
+
+    `patch` > 1 works on pixel-unshuffled images (side / patch, 3 * patch^2 channels): far cheaper, a little softer. The
+    total stride is `patch * 2 ** (len(multipliers) - 1)`. `blocks` residual blocks a level; attention at the lowest.
+    """
+
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    latent_channels: int = 256
+    patch: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+
+    @property
+    def stride(self) -> int:
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class SemanticFlow:
+    """A flow whose encoder is a vision transformer (any transformers vision model, or our ViTamin).
+
+    Attributes:
+        encoder: the vision model's configuration as a dict with its `model_type`.
+        hidden_state: which hidden state is the feature: -1 the last layer's, -2 the one before (SigLIP). Layers after
+            it are not built.
+        final_norm: whether the model's last norm is applied to the feature.
+        image_mean, image_std: normalisation of pixels in [0, 1]; None feeds the pixels in [-1, 1] as they are, which the
+            released CLIP tokenizers do (their teacher, however, sees normalised pixels).
+        decoder_layers, decoder_heads: the semantic decoder; 12 heads at every width in the released files.
+        target_dim: channels `T` of the teacher's features.
+    """
+
+    name: str = "semantic"
+    dim: int = 32
+    weight: float = 1.0
+    encoder: dict[str, Any] = field(default_factory=dict)
+    hidden_state: int = -1
+    final_norm: bool = True
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    decoder_layers: int = 3
+    decoder_heads: int = 12
+    target_dim: int = 512
+    kind: Literal["semantic"] = "semantic"
+
+
+@dataclass(frozen=True)
+class PixelFlow:
+    """A flow whose encoder is convolutional."""
+
+    name: str = "pixel"
+    dim: int = 8
+    weight: float = 1.0
+    encoder: ConvSpec = field(default_factory=ConvSpec)
+    kind: Literal["pixel"] = "pixel"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.encoder, dict):
+            object.__setattr__(self, "encoder", ConvSpec(**self.encoder))
+
+
+@dataclass(frozen=True)
+class PixelDecoderSpec(ConvSpec):
+    """The pixel decoder: reads the quantized vectors of the flows in `flows`."""
+
+    blocks: int = 3
+    flows: tuple[str, ...] = ("pixel",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "flows", tuple(self.flows))
+
+
+Flow = SemanticFlow | PixelFlow
+
+CLIP_B16 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "quick_gelu",
+}
+SIGLIP_SO400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+VITAMIN_XL = {"model_type": "tokenflow_vitamin"}  # ViTaminConfig's defaults
+
+# The scale list of L: the paper's Tab. 11 also has a 3; the released code and files do not, and a file cannot tell.
+SCALES_14 = (1, 2, 4, 6, 8, 10, 12, 14)
+SCALES_16 = (*SCALES_14, 16)
+SCALES_27 = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
+SCALES_TINY = (1, 2, 3, 4, 5, 6, 8)
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+class TokenFlowConfig(PreTrainedConfig):
+    r"""Configuration of a [`TokenFlowModel`].
+
+    Args:
+        image_size (`int`): side of the square input, pixels.
+        scales (`list[int]`): grid sides of the residual schedule, coarse to fine; the last is the final grid `g`. One entry
+            is plain single-scale vector quantization.
+        flows (`list[dict]`): see [`SemanticFlow`] and [`PixelFlow`]; order gives the order of channels.
+        pixel_decoder (`dict` or None): see [`PixelDecoderSpec`].
+        codebook_size (`int`): K, shared by all flows.
+        l2_norm (`bool`): compare l2-normalised vectors (Eq. 1 to 3).
+        commitment_weight (`float`): beta of the VQ loss.
+        entropy_weight, entropy_temperature: the entropy loss; 0 (the default) skips it.
+        codebook_init (`"uniform"` or `"kmeans"`): k-means runs on the first training batch.
+        codebook_update (`"gradient"` or `"ema"`), `ema_decay`: how codes learn.
+        scale_drop (`float`): probability that a training step skips one scale (never the first).
+        usage_window (`int`): how many recent indices the usage figures look at.
+        feature_strategy: what `forward` returns as a vision tower; the four rows of Tab. 8.
+    """
+
+    model_type = "tokenflow"
+
+    image_size: int = 224
+    scales: list[int] | tuple[int, ...] = SCALES_14
+    flows: list | tuple | None = None
+    pixel_decoder: dict | None = None
+    codebook_size: int = 32768
+    l2_norm: bool = True
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    codebook_init: str = "uniform"
+    codebook_update: str = "gradient"
+    ema_decay: float = 0.99
+    scale_drop: float = 0.1
+    usage_window: int = 131072
+    feature_strategy: str = "last"
+    hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.flows is None:
+            self.flows = [SemanticFlow(encoder=CLIP_B16), PixelFlow()]
+            if self.pixel_decoder is None:
+                self.pixel_decoder = PixelDecoderSpec()
+        self.flows = [flow if isinstance(flow, dict) else asdict(flow) for flow in self.flows]
+        if self.pixel_decoder is not None and not isinstance(self.pixel_decoder, dict):
+            self.pixel_decoder = asdict(self.pixel_decoder)
+        self.scales = [int(s) for s in self.scales]
+        self._check()
+        self.hidden_size = sum(
+            f.dim for f in self.flow_specs if self.feature_strategy != "last-semantic" or f.kind == "semantic"
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def flow_specs(self) -> list[Flow]:
+        """The flows as typed, validated objects."""
+        kinds = {"semantic": SemanticFlow, "pixel": PixelFlow}
+        return [kinds[flow["kind"]](**flow) for flow in self.flows]
+
+    @property
+    def pixel_decoder_spec(self) -> PixelDecoderSpec | None:
+        return None if self.pixel_decoder is None else PixelDecoderSpec(**self.pixel_decoder)
+
+    @property
+    def grid(self) -> int:
+        """Side g of the final token grid."""
+        return self.scales[-1]
+
+    @property
+    def code_dim(self) -> int:
+        """D, channels of the quantized map: the flows' dimensions added up."""
+        return sum(flow["dim"] for flow in self.flows)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, indices of one image: the squares of the scales added up."""
+        return sum(s * s for s in self.scales)
+
+    def _check(self) -> None:
+        names = [flow.get("name") for flow in self.flows]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"flows: names must be given and distinct, got {names}")
+        for flow in self.flows:
+            if flow.get("kind") not in ("semantic", "pixel"):
+                raise UserError(f"flows: {flow.get('name')!r} has kind {flow.get('kind')!r}; choose semantic or pixel")
+        if not self.scales or self.scales[0] < 1 or any(a >= b for a, b in zip(self.scales, self.scales[1:], strict=False)):
+            raise UserError(f"scales: must be positive and rise, got {self.scales}")
+        if self.pixel_decoder is not None:
+            for name in PixelDecoderSpec(**self.pixel_decoder).flows:
+                if name not in names:
+                    raise UserError(f"pixel_decoder reads flow {name!r}; the flows are {names}")
+        for key, choices in (
+            ("feature_strategy", FEATURE_STRATEGIES),
+            ("codebook_init", ("uniform", "kmeans")),
+            ("codebook_update", ("gradient", "ema")),
+        ):
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; names of bundled models come first."""
+        from tokenflow.bundled import resolve
+
+        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> TokenFlowConfig:
+        """The configuration of a named preset, such as `"tokenflow-b-224"` or `"tokenflow-xl-enhanced"`.
+
+        Raises:
+            UserError: unknown name; the message suggests the nearest one.
+        """
+        if name not in PRESETS:
+            raise unknown_name("preset", name, PRESETS)
+        return cls(**{**PRESETS[name](), **overrides})
+
+
+def vision_config(encoder: dict[str, Any]) -> PreTrainedConfig:
+    """The vision model's own configuration object from a flow's `encoder` dict."""
+    if encoder.get("model_type") == "tokenflow_vitamin":
+        from tokenflow.tokenizer.vitamin import ViTaminConfig
+
+        return ViTaminConfig(**{k: v for k, v in encoder.items() if k != "model_type"})
+    return AutoConfig.for_model(**encoder)
+
+
+# ----------------------------------------------------------------------------------------------------------- presets
+def _released(
+    encoder: dict, image_size: int, scales: tuple[int, ...], enhanced: bool, **semantic: Any
+) -> dict[str, Any]:
+    # The enhanced decoder has twice the channels and, beyond the paper's "double", 5 blocks a level (Sec. B.1).
+    decoder = PixelDecoderSpec(width=256, blocks=5) if enhanced else PixelDecoderSpec()
+    flows = [SemanticFlow(encoder=encoder, **semantic), PixelFlow()]
+    return {"image_size": image_size, "scales": scales, "flows": flows, "pixel_decoder": decoder}
+
+
+def _b(image_size: int, enhanced: bool = False) -> dict[str, Any]:
+    # At 256 px the stored 14 x 14 positions are interpolated on every forward.
+    return _released(CLIP_B16, image_size, SCALES_14 if image_size == 224 else SCALES_16, enhanced)
+
+
+def _l(enhanced: bool = False) -> dict[str, Any]:
+    norm = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    return _released(VITAMIN_XL, 256, SCALES_16, enhanced, final_norm=False, target_dim=1152, **norm)
+
+
+def _xl(enhanced: bool = False) -> dict[str, Any]:
+    options = {"hidden_state": -2, "final_norm": False, "image_mean": HALF, "image_std": HALF, "target_dim": 1152}
+    return _released(SIGLIP_SO400M, 384, SCALES_27, enhanced, **options)
+
+
+def _tiny() -> dict[str, Any]:
+    """The bundled model: 128 px, 155 tokens, a 6-layer ViT of width 256, pixel networks on 4 x 4 pixel-unshuffled images."""
+    encoder = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "projection_dim": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": 128,
+        "patch_size": 16,
+        "hidden_act": "quick_gelu",
+    }
+    conv = {"width": 64, "multipliers": (1, 2, 5), "latent_channels": 128, "patch": 4}
+    return {
+        "image_size": 128,
+        "scales": SCALES_TINY,
+        "flows": [
+            SemanticFlow(encoder=encoder, decoder_heads=4, target_dim=384),
+            PixelFlow(encoder=ConvSpec(blocks=2, **conv)),
+        ],
+        "pixel_decoder": PixelDecoderSpec(blocks=2, **conv),
+        "codebook_size": 8192,
+    }
+
+
+PRESETS = {
+    "tokenflow-b-224": lambda: _b(224),
+    "tokenflow-b-224-enhanced": lambda: _b(224, enhanced=True),
+    "tokenflow-b-256": lambda: _b(256),
+    "tokenflow-b-256-enhanced": lambda: _b(256, enhanced=True),
+    "tokenflow-l": _l,
+    "tokenflow-l-enhanced": lambda: _l(enhanced=True),
+    "tokenflow-xl": _xl,
+    "tokenflow-xl-enhanced": lambda: _xl(enhanced=True),
+    "tokenflow-tiny": _tiny,
+}
+
+__all__ = [
+    "PRESETS",
+    "ConvSpec",
+    "PixelDecoderSpec",
+    "PixelFlow",
+    "SemanticFlow",
+    "TokenFlowConfig",
+    "vision_config",
+]
