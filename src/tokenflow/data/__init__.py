@@ -1,0 +1,1 @@
+"""Reading images, opening and mixing sources of them, and feeding batches. Knows no other room."""
