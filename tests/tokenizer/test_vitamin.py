@@ -109,6 +109,16 @@ def test_output_is_row_major_tokens_without_class_token(model):
     assert model(torch.randn(1, 3, 32, 96)).last_hidden_state.shape == (1, 2 * 6, 24)
 
 
+def test_hidden_states_are_the_blocks_inputs_and_outputs(model):
+    x = torch.randn(1, 3, 32, 32)
+    assert model(x).hidden_states is None
+    output = model(x, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    assert torch.equal(output.hidden_states[0], model.patch_embed(x))
+    assert torch.equal(output.hidden_states[1], model.blocks[0](output.hidden_states[0]))
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
 @pytest.mark.parametrize("size", [64, 80])
 def test_forward_agrees_with_the_description(model, size):
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))

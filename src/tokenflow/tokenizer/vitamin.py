@@ -242,17 +242,24 @@ class ViTaminModel(PreTrainedModel):
         # every parameter sits in a Linear, Conv2d or (Channel)LayerNorm, and those the parent knows
         super()._init_weights(module)
 
-    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> BaseModelOutput:
         """Run the tower.
 
         Args:
             pixel_values: `[B, 3, H, W]`, already normalised with the mean and standard deviation that the
                 weights expect (OpenAI CLIP's for the released ones); `H` and `W` multiples of 16.
+            output_hidden_states: also return what enters and leaves each block.
 
         Returns:
-            `last_hidden_state` `[B, (H/16)*(W/16), hidden_size]`, row-major, no class token, no final norm.
+            `last_hidden_state` `[B, (H/16)*(W/16), hidden_size]`, row-major, no class token, no final norm;
+            `hidden_states`, if asked for: `num_hidden_layers + 1` of these.
         """
         hidden = self.patch_embed(pixel_values)
+        states = [hidden]
         for block in self.blocks:
             hidden = block(hidden)
-        return BaseModelOutput(last_hidden_state=hidden)
+            if output_hidden_states:
+                states.append(hidden)
+        return BaseModelOutput(
+            last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None
+        )

@@ -1,0 +1,1 @@
+"""The released checkpoint layouts, and safe reading of files from elsewhere."""
