@@ -5,7 +5,7 @@
     model = TokenFlowModel.from_pretrained("tokenflow-tiny")
     processor = TokenFlowImageProcessor.from_pretrained("tokenflow-tiny")
 
-The public names load on first use, so that `import tokenflow` itself costs nothing (no torch, no transformers).
+The public names load on first use: `import tokenflow` itself imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Telling transformers' Auto classes about ours, without importing transformers before the user does.
 
-`AutoModel.register` needs our classes, and those need torch: seconds that `import tokenflow` must not cost. So the
-registration waits for the import that brings in `transformers.models.auto`. It runs when the *outermost* running
-import of transformers (or of this package) has ended, for `auto` is loaded from the middle of transformers' own
-modules (`modeling_layers` imports it, the CLIP model imports `modeling_layers`) and our classes need those whole.
+`AutoModel.register` needs our classes, and those need torch: seconds that `import tokenflow` must not cost. So
+the registration waits for the import that brings in `transformers.models.auto`. It runs when the *outermost*
+running import of transformers (or of this package) has ended, for `auto` is loaded from the middle of
+transformers' own modules (CLIP imports `modeling_layers`, which imports `auto`) and ours need those whole.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("tokenflow.tokenizer.modeling") is None:
-        return  # TODO until it lands
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     from tokenflow.tokenizer.configuration import TokenFlowConfig
@@ -42,7 +38,7 @@ def _register() -> None:
 
 
 class _AfterAuto:
-    """A finder that finds nothing itself: it counts the running imports, and leaves after the one it waits for."""
+    """A finder that finds nothing itself: it counts running imports and leaves after the one it waits for."""
 
     def __init__(self) -> None:
         self.running = 0

@@ -28,11 +28,10 @@ def bundled_path(name: str) -> Path:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
-    """What `from_pretrained` should load: a bundled model's folder, a local folder, or a hub name, in this order.
+    """What `from_pretrained` should load: a bundled model's folder, a local one, or a hub name, in this order.
 
     Raises:
-        UserError: `name_or_path` is none of the three: a bare name that is not bundled, or a path that looks local
-            and does not exist.
+        UserError: it is none of the three: a bare name that is not bundled, or a path that does not exist.
     """
     name = os.fspath(name_or_path)
     if name in bundled_names():

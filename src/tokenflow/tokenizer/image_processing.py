@@ -34,15 +34,15 @@ class TokenFlowImageProcessorKwargs(ImagesKwargs, total=False):
 class TokenFlowImageProcessor(PilBackend):
     r"""Prepares pictures for a [`TokenFlowModel`] and turns its pixels back into pictures.
 
-    `processor(images, return_tensors="pt").pixel_values` is `[B, 3, size, size]` float32 in [-1, 1]: `(x / 255 - 0.5) / 0.5`
-    of the resized 8-bit picture.
+    `processor(images, return_tensors="pt").pixel_values` is `[B, 3, size, size]` float32 in [-1, 1]:
+    `(x / 255 - 0.5) / 0.5` of the resized 8-bit picture.
 
     Args:
         size (`int` or `dict`): side of the square input in pixels, the model's `config.image_size`.
-        resize_mode (`str`): how a picture becomes square. `"crop"` (the default; training and reconstruction): halve with a
-            box filter while the short side is at least twice `size`, bicubic to `size`, centre crop. `"pad"` (LLaVA
-            fine-tuning and inference): centre on a square of mean colour, then bicubic. `"squash"` (LLaVA's first stage):
-            bicubic without regard to the aspect.
+        resize_mode (`str`): how a picture becomes square. `"crop"` (the default; training and reconstruction):
+            halve with a box filter while the short side is at least twice `size`, bicubic to `size`, centre
+            crop. `"pad"` (LLaVA fine-tuning and inference): centre on a square of mean colour, then bicubic.
+            `"squash"` (LLaVA's first stage): bicubic without regard to the aspect.
 
     Raises:
         UserError: an unknown `resize_mode` or a size that is not square.
@@ -111,7 +111,7 @@ class TokenFlowImageProcessor(PilBackend):
         """Pictures from the model's pixels.
 
         Args:
-            pixel_values: `[B, 3, H, W]` or `[3, H, W]`, any float dtype; [-1, 1] is the range, the rest is clamped.
+            pixel_values: `[B, 3, H, W]` or `[3, H, W]`, any float dtype; values outside [-1, 1] are clamped.
 
         Returns:
             B RGB pictures of W x H pixels: `127.5 x + 128`, truncated, as the released code does.
