@@ -29,10 +29,12 @@ folder, out = sys.argv[1:]
 assert type(AutoConfig.from_pretrained(folder)).__name__ == "TokenFlowConfig"
 assert type(AutoImageProcessor.from_pretrained(folder)).__name__ == "TokenFlowImageProcessor"
 assert type(AutoModel.from_pretrained(folder)).__name__ == "TokenFlowModel"
-text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+text = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
 vision = AutoConfig.from_pretrained(folder)
 strategy = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **strategy)).save_pretrained(out)
+config = LlavaConfig(vision_config=vision, text_config=text, **strategy)
+LlavaForConditionalGeneration(config).save_pretrained(out)
 llava = LlavaForConditionalGeneration.from_pretrained(out)
 assert type(llava.model.vision_tower) is tokenflow.TokenFlowModel
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "tokenflow.auto"]

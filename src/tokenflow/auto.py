@@ -1,9 +1,10 @@
 """Telling transformers' Auto classes about ours, without importing transformers before the user does.
 
-`AutoModel.register` needs our classes, and those need torch: seconds that `import tokenflow` must not cost. So
-the registration waits for the import that brings in `transformers.models.auto`. It runs when the *outermost*
-running import of transformers (or of this package) has ended, for `auto` is loaded from the middle of
-transformers' own modules (CLIP imports `modeling_layers`, which imports `auto`) and ours need those whole.
+`AutoModel.register` needs our classes, and those need torch: seconds that `import tokenflow` must not
+cost. So the registration waits for the import that brings in `transformers.models.auto`. It runs when the
+*outermost* running import of transformers (or of this package) has ended, for `auto` is loaded from the
+middle of transformers' own modules (CLIP imports `modeling_layers`, which imports `auto`) and ours need
+those whole.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def bundled_path(name: str) -> Path:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
-    """What `from_pretrained` should load: a bundled model's folder, a local one, or a hub name, in this order.
+    """What `from_pretrained` should load: a bundled model's folder, another folder, or a hub name.
 
     Raises:
         UserError: it is none of the three: a bare name that is not bundled, or a path that does not exist.

@@ -39,10 +39,10 @@ class TokenFlowImageProcessor(PilBackend):
 
     Args:
         size (`int` or `dict`): side of the square input in pixels, the model's `config.image_size`.
-        resize_mode (`str`): how a picture becomes square. `"crop"` (the default; training and reconstruction):
-            halve with a box filter while the short side is at least twice `size`, bicubic to `size`, centre
-            crop. `"pad"` (LLaVA fine-tuning and inference): centre on a square of mean colour, then bicubic.
-            `"squash"` (LLaVA's first stage): bicubic without regard to the aspect.
+        resize_mode (`str`): how a picture becomes square. `"crop"` (the default, for training and
+            reconstruction): halve with a box filter while the short side is at least twice `size`, bicubic
+            to `size`, centre crop. `"pad"` (LLaVA fine-tuning and inference): centre on a square of mean
+            colour, then bicubic. `"squash"` (LLaVA's first stage): bicubic without regard to the aspect.
 
     Raises:
         UserError: an unknown `resize_mode` or a size that is not square.
