@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from tokenflow.errors import UserError
-from tokenflow.files import atomic_write
+from tokenflow.files import atomic_folder, atomic_write
 
 
 def test_writes_new_file_and_makes_folders(tmp_path):
@@ -92,4 +92,68 @@ def test_target_that_is_a_folder(tmp_path):
 def test_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "file" / "out.bin"):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- whole folders
+def test_folder_appears_whole(tmp_path):
+    target = tmp_path / "models" / "out"
+    with atomic_folder(target) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text("x")
+        (temporary / "inner" / "file").chmod(0o600)
+        assert not target.exists()
+    assert (target / "inner" / "file").read_text() == "x"
+    (tmp_path / "plain").touch()
+    assert (target / "inner" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert os.listdir(target.parent) == ["out"]
+
+
+def test_empty_folder_may_be_there_but_nothing_else(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as temporary:
+        (temporary / "file").touch()
+    assert os.listdir(tmp_path / "empty") == ["file"]
+    (tmp_path / "a file").touch()
+    for taken in ("empty", "a file"):
+        with (
+            pytest.raises(UserError, match="exists and is not an empty folder"),
+            atomic_folder(tmp_path / taken),
+        ):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["a file", "empty"]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ValueError("wrong"), OSError(errno.EIO, "broken disk")]
+)
+def test_folder_is_removed_after_any_error(tmp_path, error):
+    def fail() -> None:
+        with atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "file").touch()
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_on_a_full_disk_is_one_line(tmp_path):
+    errors = [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ]
+    for error in errors:
+        with (
+            pytest.raises(UserError, match="out: no space left on the disk"),
+            atomic_folder(tmp_path / "out"),
+        ):
+            raise error
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="a part of the path is a file"),
+        atomic_folder(tmp_path / "file" / "out"),
+    ):
         pass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +75,45 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if created:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; when the block ends well it becomes `path`, else it is removed.
+
+    `path` may be an empty folder already, but nothing else.
+
+    Raises UserError, one line, if `path` is taken, the disk is full, or the place cannot be written to: also
+    for an error of a library that gives only the number of an OSError (safetensors does).
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
+    temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        plain = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(plain)  # safetensors keeps its files from everyone but their owner
+            _flush(file)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _os_error_number(error)
+        names = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename else target
+        ours = names.is_relative_to(temporary) or names in (target, *target.parents)
+        if ours and number in _REASONS:
+            raise write_error(target, OSError(number, str(error))) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _os_error_number(error: Exception) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _flush(path: Path) -> None:

@@ -152,8 +152,8 @@ def _check_zip(file: BinaryIO, path: Path, size: int) -> None:
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise CheckpointError(
-                f"{path}: member {member.filename[:80]!r} is compressed ({member.compress_size:,} bytes claim "
-                f"to be {member.file_size:,}); torch never writes that, refusing to unpack it"
+                f"{path}: member {member.filename[:80]!r} is compressed ({member.compress_size:,} bytes "
+                f"claim to be {member.file_size:,}); torch never writes that, refusing to unpack it"
             )
         if member.header_offset + member.file_size > size:
             raise CheckpointError(
