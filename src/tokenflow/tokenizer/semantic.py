@@ -72,7 +72,9 @@ class VisionTower(nn.Module):
         self.scaling = nn.Identity() if image_mean is None else ImageScaling(image_mean, image_std or (1.0, 1.0, 1.0))
         self.width: int = config.hidden_size
         self.patch_size: int = config.patch_size
-        self.base_grid: int = config.image_size // config.patch_size  # positions are stored for this grid
+        # The grid that positions are stored for; SigLIP 2 gives it as a number of patches.
+        patches = getattr(config, "num_patches", None)
+        self.base_grid: int = round(patches**0.5) if patches else config.image_size // config.patch_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.scaling(pixel_values)
@@ -104,9 +106,8 @@ class VisionTower(nn.Module):
             mask = torch.ones(x.shape[0], grid * grid, dtype=torch.long, device=x.device)
             patches = flat.permute(0, 3, 2, 1).flatten(2)
             return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-        if grid != self.base_grid and self.model.config.model_type in ("vit", "dinov2", "dinov2_with_registers"):
-            # Dinov2 interpolates by itself; ViT has to be asked.
-            return {"pixel_values": x} | ({"interpolate_pos_encoding": True} if self.model.config.model_type == "vit" else {})
+        if grid != self.base_grid and self.model.config.model_type == "vit":  # others interpolate without being asked
+            return {"pixel_values": x, "interpolate_pos_encoding": True}
         return {"pixel_values": x}
 
 
