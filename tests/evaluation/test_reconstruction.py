@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
-from tokenflow.evaluation import baselines
+from tokenflow.evaluation import baselines, report
+from tokenflow.evaluation.options import ReconstructionEval
 from tokenflow.evaluation.reconstruction import (
     CodebookUsage,
+    evaluate_reconstruction,
     measure,
     psnr,
+    run,
     ssim,
     to_uint8,
     to_unit_range,
@@ -129,3 +136,88 @@ def test_a_larger_budget_never_hurts():
 def test_baselines_that_cannot_be_had(name, message):
     with pytest.raises(UserError, match=message):
         baselines.reconstruct(name, pictures(1))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder data set with a val split of 7 smooth pictures of several shapes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "val").mkdir()
+    rng = np.random.default_rng(0)
+    for number, shape in enumerate([(40, 64), (64, 40), (32, 32), (80, 80), (50, 33), (33, 50), (64, 64)]):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize(shape, Image.Resampling.BICUBIC).save(folder / "val" / f"{number}.png")
+    return folder
+
+
+def test_a_model_is_measured_from_a_folder_to_a_file(photographs, small_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tokenflow", "eval", "reconstruction"])
+    options = ReconstructionEval(
+        data=str(photographs), model=str(small_model_folder), out=str(tmp_path / "r.json")
+    )
+    result = run(options)
+    assert report.read(tmp_path / "r.json") == result
+    metrics, fingerprint = result["metrics"], result["fingerprint"]
+    assert 3 < metrics["PSNR (dB)"] < 30
+    assert -1 < metrics["SSIM"] < 1
+    assert 0 < metrics["codebook usage"]["overall"] <= 1
+    assert set(metrics["codebook usage"]["per scale"]) == {"1x1", "2x2", "4x4"}
+    assert fingerprint["image_size"] == 32
+    assert fingerprint["reference"]["name"] == photographs.name
+    assert fingerprint["reference"]["pictures"] == 7
+    assert result["command"] == "tokenflow eval reconstruction"
+    again = run(dataclasses.replace(options, batch_size=3, out=None))
+    assert again["fingerprint"] == fingerprint
+    assert again["metrics"]["codebook usage"] == metrics["codebook usage"]
+    assert again["metrics"]["PSNR (dB)"] == pytest.approx(metrics["PSNR (dB)"], abs=1e-3)
+
+
+def test_psnr_equals_the_public_way_through_processor_and_postprocess(photographs, small_model_folder):
+    from tokenflow import TokenFlowImageProcessor, TokenFlowModel
+
+    processor = TokenFlowImageProcessor.from_pretrained(small_model_folder)
+    model = TokenFlowModel.from_pretrained(small_model_folder)
+    values = []
+    for file in sorted((photographs / "val").iterdir()):
+        pixels = processor(Image.open(file), return_tensors="pt").pixel_values
+        with torch.inference_mode():
+            back = processor.postprocess(model.decode(model.encode(pixels).quantized).pixel_values)[0]
+        original = processor.postprocess(pixels)[0]
+        error = np.square(np.asarray(back, dtype=float) - np.asarray(original, dtype=float)).mean()
+        values.append(10 * math.log10(255**2 / error))
+    result = evaluate_reconstruction(model, Source(str(photographs), split="val"))
+    assert result["metrics"]["PSNR (dB)"] == pytest.approx(np.mean(values), abs=1e-3)
+
+
+def test_a_training_model_is_measured_as_it_would_be_used_and_left_as_it_was(photographs, small_model_folder):
+    from tokenflow import TokenFlowModel
+
+    model = TokenFlowModel.from_pretrained(small_model_folder)
+    source = Source(str(photographs), split="val")
+    expected = evaluate_reconstruction(model, source)["metrics"]
+    model.train()
+    assert evaluate_reconstruction(model, source)["metrics"] == expected
+    assert model.training
+    assert int(model.quantizer.quantizer.usage.seen) == 0
+
+
+def test_baselines_and_models_on_the_same_pictures_can_be_compared(photographs, small_model_folder):
+    options = ReconstructionEval(data=str(photographs), model=str(small_model_folder), limit=3)
+    model, shrink = run(options), run(dataclasses.replace(options, baseline="shrink:4"))
+    assert shrink["metrics"]["PSNR (dB)"] > 20
+    assert "codebook usage" not in shrink["metrics"]
+    report.refuse_different([model, shrink])
+    with pytest.raises(UserError, match=r"reference / pictures \(3 / 7\).*reference_sha256"):
+        report.refuse_different([model, run(dataclasses.replace(options, limit=None))])
+    with pytest.raises(UserError, match=r"dtype \(float32 / bfloat16\)"):
+        report.refuse_different([model, run(dataclasses.replace(options, dtype="bfloat16"))])
+
+
+def test_options_that_cannot_be_met(photographs, small_model_folder):
+    options = ReconstructionEval(data=str(photographs), model=str(small_model_folder))
+    with pytest.raises(UserError, match=r"device 'tpu9': not available"):
+        run(dataclasses.replace(options, device="tpu9"))
+    with pytest.raises(UserError, match="has no split 'train'"):
+        run(dataclasses.replace(options, split="train"))
+    with pytest.raises(UserError, match="no such file"):
+        run(dataclasses.replace(options, inception="missing.pth"))

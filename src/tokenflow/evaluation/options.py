@@ -10,27 +10,31 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class ReconstructionEval:
-    """Rebuild pictures through a tokenizer and measure what is lost: PSNR, SSIM, perceptual distances, rFID and codebook
-    usage. The JSON result carries a fingerprint of data and preprocessing; only equal fingerprints can be compared.
+    """Rebuild pictures through a tokenizer and measure what is lost: PSNR, SSIM, perceptual distances, rFID
+    and codebook usage. The JSON result carries a fingerprint of data and preprocessing; only equal
+    fingerprints can be compared.
 
     Example: `tokenflow eval reconstruction --data PACKS/flickr8k --out result.json`
     """
 
     data: str
-    """A folder of images, a folder with SPLIT.parquet in it, a parquet file, webdataset shards, or a hub name."""
+    """A folder of images, a folder with SPLIT.parquet in it, a parquet file, webdataset shards, or a hub
+    name."""
     model: str = "tokenflow-tiny"
     """A bundled name, a folder, or a hub name."""
     split: str = "val"
     """The split of `data` to rebuild."""
     baseline: str | None = None
-    """Measure a yardstick in place of the model, on pictures of the model's size: shrink:N (box to N x N pixels and back),
-    webp:N or jpeg:N (best picture of at most N bytes)."""
+    """Measure a yardstick in place of the model, on pictures of the model's size: shrink:N (box to N x N
+    pixels and back), webp:N or jpeg:N (best picture of at most N bytes)."""
     limit: int | None = None
     """Only the first so many pictures."""
     vgg16: str | None = None
     """Keras .h5 file of the HED network: adds the distance "vgg16-trunk" in its VGG16 features."""
     lpips: str | None = None
-    """LPIPS weights (VGG16 features and heads in one file): adds LPIPS."""
+    """torchvision's VGG16 weights, or the released file that holds the heads too: adds LPIPS."""
+    lpips_heads: str | None = None
+    """The heads of the `lpips` package (vgg.pth), where `lpips` is the VGG16 alone."""
     inception: str | None = None
     """pt_inception-2015-12-05-6726825d.pth: adds rFID. Steady only from some 10,000 pictures on."""
     dtype: Dtype = "float32"
@@ -45,9 +49,10 @@ class ReconstructionEval:
 
 @dataclass(frozen=True)
 class SemanticsEval:
-    """How much the tokens know about what a picture shows: 20-NN and linear-probe accuracy of the mean-pooled quantized
-    features (semantic flow, pixel flow, both) beside the continuous teacher's, and zero-shot accuracy through the semantic
-    decoder. Learns from one split of a labelled set and reports on another.
+    """How much the tokens know about what a picture shows: 20-NN and linear-probe accuracy of the
+    mean-pooled quantized features (semantic flow, pixel flow, both) beside the continuous teacher's, and
+    zero-shot accuracy through the semantic decoder. Learns from one split of a labelled set and reports on
+    another.
 
     Example: `tokenflow eval semantics --data PACKS/tiny_imagenet --teacher TEACHER --out result.json`
     """
@@ -63,7 +68,8 @@ class SemanticsEval:
     teacher: str | None = None
     """Folder or name of the vision model that the semantic flow was trained to follow: the ceiling."""
     class_embeddings: str | None = None
-    """Text embeddings of the class names (safetensors: tensor "embeddings", metadata "names"): adds zero-shot accuracy."""
+    """Text embeddings of the class names (safetensors: tensor "embeddings", metadata "names"): adds
+    zero-shot accuracy."""
     limit: int | None = None
     """Only the first so many pictures of each split."""
     device: str = "auto"

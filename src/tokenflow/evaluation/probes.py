@@ -6,9 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEIGHBOURS = 20
+PROBE_STRENGTH = 0.01  # scikit-learn's `C`, the inverse of the l2 penalty
+PROBE_ITERATIONS = 200  # of L-BFGS at most; the loss changes little after them
+
 
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, block: int = 1024
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    k: int = NEIGHBOURS,
+    block: int = 1024,
 ) -> float:
     """Share of test rows whose `k` most cosine-similar train rows vote for their label.
 
@@ -37,15 +46,15 @@ def linear_probe_accuracy(
     train_labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
-    inverse_strength: float = 0.01,
-    iterations: int = 200,
+    inverse_strength: float = PROBE_STRENGTH,
+    iterations: int = PROBE_ITERATIONS,
 ) -> float:
     """Accuracy of multinomial logistic regression (scikit-learn, L-BFGS) on features standardised by `train`.
 
     Args:
         train, test: features [N, D] and [M, D].
-        inverse_strength: scikit-learn's `C`, the inverse of the l2 penalty.
-        iterations: of L-BFGS at most; the loss changes little after them.
+        inverse_strength: scikit-learn's `C`.
+        iterations: of L-BFGS at most.
     """
     import warnings
 

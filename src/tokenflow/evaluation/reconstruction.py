@@ -11,19 +11,19 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from tokenflow.data.loader import iterate_eval
+from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
-from tokenflow.evaluation import baselines, report
+from tokenflow.evaluation import baselines, pictures, report
 from tokenflow.evaluation.inception import FidInception, GaussianStatistics, frechet_distance
+from tokenflow.evaluation.options import ReconstructionEval
 
 if TYPE_CHECKING:
-    from tokenflow.data.sources import Source
     from tokenflow.tokenizer.modeling import TokenFlowModel
 
 # PSNR given to a picture that comes back without any error, where the formula has no value.
@@ -121,8 +121,8 @@ def measure(
             for name, distance in distances.items():
                 totals[name].append(distance(real, fake).double().reshape(-1))
             if inception is not None:
-                statistics[0].update(inception(real))
-                statistics[1].update(inception(fake))
+                for gaussian, side in zip(statistics, (real, fake), strict=True):
+                    gaussian.update(inception(side.to(inception.fc.weight.device)))
             if usage is not None and indices is not None:
                 usage.update(indices)
     if not pictures:
@@ -134,3 +134,140 @@ def measure(
     if usage is not None:
         metrics["codebook usage"] = usage.compute()
     return metrics, {"pictures": pictures, "reference_sha256": digest.hexdigest()}
+
+
+def evaluate_reconstruction(
+    model: TokenFlowModel | str,
+    source: Source,
+    *,
+    name: str = "model",
+    image_size: int | None = None,
+    limit: int | None = None,
+    distances: dict[str, Distance] | None = None,
+    settings: dict[str, Any] | None = None,
+    inception: FidInception | None = None,
+    batch_size: int = 16,
+) -> report.Result:
+    """Rebuild the pictures of `source` and measure what is lost.
+
+    Args:
+        model: a tokenizer, or the name of a baseline such as "webp:250".
+        source: centre crops are taken from it in its own order.
+        name: what the result calls the model.
+        image_size: side of the pictures for a baseline; a model has its own.
+        limit: only the first rows.
+        distances: further distances by name, of uint8 batches (see `measure`).
+        settings: what distances and `inception` depend on (sha256 of weights), for the fingerprint.
+        inception: adds rFID.
+        batch_size: changes the speed, not the figures.
+
+    Returns:
+        a result for `report`.
+    """
+    started = time.perf_counter()
+    usage = None
+    if isinstance(model, str):
+        side, device, dtype = image_size or 0, torch.device("cpu"), torch.float32
+        about = {"name": model, "parameters": 0, "sha256": ""}
+
+        def rebuild(real: Tensor) -> tuple[Tensor, Tensor | None]:
+            return baselines.reconstruct(model, real), None
+    else:
+        if model.pixel_decoder is None:
+            raise UserError(f"{name}: this tokenizer has no pixel decoder, so there is nothing to rebuild")
+        side, device, dtype = model.config.image_size, model.device, model.decoder_dtype
+        about = report.model_fingerprint(model, name)
+        usage = CodebookUsage(model.config.codebook_size, model.config.scales)
+
+        def rebuild(real: Tensor) -> tuple[Tensor, Tensor | None]:
+            encoded = model.encode(to_unit_range(real).to(device))
+            decoded = model.decode_pixels(cast(Tensor, encoded.quantized))
+            return to_uint8(decoded).to(real.device), encoded.indices
+
+    images = iterate_eval(source, side, limit=limit)
+    batches = (batch for batch, _ in pictures.batched(images, batch_size, "rebuilding"))
+    with pictures.eval_mode(model):
+        metrics, measured = measure(batches, rebuild, usage=usage, distances=distances, inception=inception)
+    fingerprint = pictures.fingerprint(images, side)
+    fingerprint["reference"] |= measured
+    fingerprint |= {
+        "rounding": "truncate",
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": device.type,
+    }
+    return {
+        "kind": "reconstruction",
+        "metrics": metrics,
+        "fingerprint": fingerprint | {"ssim": _ssim_settings()} | (settings or {}),
+        "model": about,
+        "skipped": len(images.skipped),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def run(options: ReconstructionEval) -> report.Result:
+    """What `tokenflow eval reconstruction` does: load, measure, write the JSON where asked. Prints nothing
+    but progress."""
+    from tokenflow.tokenizer.configuration import TokenFlowConfig
+    from tokenflow.tokenizer.modeling import TokenFlowModel
+
+    device = pictures.pick_device(options.device)
+    distances, settings = perceptual_distances(options, device)
+    inception = None
+    if options.inception is not None:
+        inception = FidInception.from_file(options.inception).to(device)
+        settings["inception_sha256"] = report.file_sha256(options.inception)
+    if options.baseline is not None:
+        subject: TokenFlowModel | str = options.baseline
+        image_size = TokenFlowConfig.from_pretrained(options.model).image_size
+    else:
+        model = TokenFlowModel.from_pretrained(options.model)
+        cast(torch.nn.Module, model).to(device=device, dtype=getattr(torch, options.dtype))
+        subject, image_size = model, model.config.image_size
+    result = evaluate_reconstruction(
+        subject,
+        Source(options.data, split=options.split),
+        name=options.model,
+        image_size=image_size,
+        limit=options.limit,
+        distances=distances,
+        settings=settings,
+        inception=inception,
+        batch_size=options.batch_size,
+    )
+    result["command"] = report.command_line()
+    if options.out is not None:
+        report.write(result, options.out)
+    return result
+
+
+def perceptual_distances(
+    options: ReconstructionEval, device: torch.device
+) -> tuple[dict[str, Distance], dict[str, Any]]:
+    """The perceptual distances whose weights the user gave, and their part of the fingerprint."""
+    # These networks live with the losses that they also serve; nothing of the training itself is loaded.
+    from tokenflow.training.perceptual import LPIPS, FrozenDistance, VGG16TrunkDistance
+
+    networks: dict[str, FrozenDistance] = {}
+    settings: dict[str, Any] = {}
+    if options.vgg16 is not None:
+        networks["vgg16-trunk"] = VGG16TrunkDistance.from_keras_h5(options.vgg16)
+        settings["vgg16_sha256"] = report.file_sha256(options.vgg16)
+    if options.lpips is not None:
+        networks["LPIPS"] = LPIPS.from_files(options.lpips, options.lpips_heads)
+        settings["lpips_sha256"] = report.file_sha256(options.lpips)
+    if options.lpips_heads is not None:
+        settings["lpips_heads_sha256"] = report.file_sha256(options.lpips_heads)
+
+    def on_pictures(network: FrozenDistance) -> Distance:
+        network.to(device)
+        return lambda real, fake: network(*(to_unit_range(x).to(device) for x in (real, fake))).cpu()
+
+    distances = {name: on_pictures(network) for name, network in networks.items()}
+    return distances, settings
+
+
+def _ssim_settings() -> str:
+    import torchmetrics
+
+    return f"data range 1, Gaussian window 11, sigma 1.5, RGB, torchmetrics {torchmetrics.__version__}"
