@@ -1,4 +1,24 @@
-"""Exact nearest-code search: for each query the index of the code with the largest score."""
+"""Exact nearest-code search: for each query the index of the code with the largest score.
+
+`nearest_code(q, c, b)` is argmax_k q . c_k + b_k with fp32 inputs, and "exact" means: as if every score were
+computed in fp64 in one fixed order (products of two fp32 values are exact there), the lowest index winning ties.
+Rounded scores alone cannot promise that: equal rows of a codebook get unequal fp32 scores from a blocked product.
+So each backend only *screens*: it drops the codes that provably cannot win and re-scores the few that are left.
+
+Why dropping is safe. Let s_k be the true score of code k, r_k the rounded one, |r_k - s_k| <= e for all k, and w the
+winner. Then r_w >= s_w - e >= s_k - e >= r_k - 2e for every k, hence r_w >= max_k r_k - 2e: whatever lies more than
+2e under the rounded maximum is no candidate. The bounds e, for rows of n entries, with ||.|| the 2-norm:
+
+- fp32: e = g_n ||q|| ||c||, g_n = n u / (1 - n u), u = 2^-24. It holds for any order of summation, with or without
+  fused multiply-add (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, and Cauchy-Schwarz).
+- bf16: q = q' + dq, c = c' + dc with q', c' in bf16, so |q.c - q'.c'| <= ||dq|| ||c|| + ||q'|| ||dc||, where the norms
+  of the residuals are computed, not estimated; plus fp32 accumulation, plus one rounding of the result to bf16.
+
+Both get a little slack for the rounding of the bounds themselves and for underflow, also when flushed to zero.
+
+The blocked search keeps, of each block of scores, only the maximum of every 32 consecutive codes, which vectorises
+where a maximum with its index does not; the indices come from re-scoring the groups that survive (one or two a query).
+"""
 
 from __future__ import annotations
 
@@ -10,73 +30,296 @@ from torch import Tensor
 
 from tokenflow.errors import UserError
 
-Backend = Literal["auto", "dense", "blocked"]
-DENSE_LIMIT = 2**27  # N x K entries the oracle may build (1 GiB in fp64)
+Backend = Literal["auto", "dense", "blocked", "faiss", "triton"]
+
+GROUP = 32  # codes that share one screened maximum
 QUERY_BLOCK = 512
-CODE_BLOCK = 4096
+SCORE_BLOCK = {"cpu": 2**19, "cuda": 2**24}  # scores that exist at a time; on the CPU they stay in the caches
+PAIR_BLOCK = 1024  # (query, group) pairs re-scored at a time
+DENSE_LIMIT = 2**24  # scores that the oracle agrees to compute
+FAISS_NEIGHBOURS = 8
+TINY = 2.0**-126  # smallest normal fp32 value: what one flushed operation can lose
+HUGE = 1e37  # above this a product of norms may overflow in fp32, and nothing is screened
 
 
 @dataclass(frozen=True)
 class PreparedCodes:
-    """What a search reuses between calls with the same codes: see `prepare_codes`."""
+    """A codebook made ready for many searches by `prepare_codes`. A bias is one more column of the codes."""
 
-    codes: Tensor  # [K, D] fp32
-    bias: Tensor | None  # [K] fp32
+    num_codes: int
+    codes: Tensor  # [K', D'] fp32 contiguous, K' a multiple of GROUP (the last row repeated: it loses ties)
+    has_bias: bool
+    norm: Tensor  # [] largest row norm
+    bf16_codes: Tensor | None  # [K', D'] where the processor multiplies bf16 faster than fp32
+    bf16_error: Tensor | None  # [] largest norm of a row of `codes - bf16_codes`
 
 
+@torch.no_grad()
 def prepare_codes(codes: Tensor, bias: Tensor | None = None) -> PreparedCodes:
-    """Prepare `codes` [K, D] and the optional `bias` [K] for many `nearest_code` calls."""
-    return PreparedCodes(codes.detach().float().contiguous(), None if bias is None else bias.detach().float())
+    """Does once per codebook what every search with it needs; a snapshot: later changes of `codes` may not show.
+
+    Args:
+        codes: `[K, D]`, any floating dtype, cast to fp32.
+        bias: `[K]` or None, added to the scores.
+
+    Raises:
+        UserError: no codes, a shape that does not fit, or values that are not finite (or above 1e18).
+    """
+    if codes.ndim != 2 or len(codes) == 0:
+        raise UserError(f"codes must be [K, D] with K >= 1, got {list(codes.shape)}")
+    if bias is not None and bias.shape != codes.shape[:1]:
+        raise UserError(f"bias must be [{len(codes)}] like the codes, got {list(bias.shape)}")
+    rows = codes.detach().float()
+    if bias is not None:
+        rows = torch.cat([rows, bias.detach().to(rows)[:, None]], dim=1)
+    if missing := -len(rows) % GROUP:
+        rows = torch.cat([rows, rows[-1:].expand(missing, -1)])
+    rows = rows.contiguous()
+    norm = _norms(rows).amax()
+    if not bool(norm < 1e18):
+        raise UserError("codes and bias must be finite and below 1e18: look for a step that diverged")
+    if not _has_fast_bf16(rows.device):
+        return PreparedCodes(len(codes), rows, bias is not None, norm, None, None)
+    bf16 = rows.bfloat16()
+    return PreparedCodes(len(codes), rows, bias is not None, norm, bf16, _norms(rows - bf16).amax())
 
 
 @torch.no_grad()
 def nearest_code(
     queries: Tensor, codes: Tensor | PreparedCodes, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
-    """For each query the index of the code with the largest `queries . codes + bias`, as int64 [N]."""
-    prepared = codes if isinstance(codes, PreparedCodes) else prepare_codes(codes, bias)
+    """For each query the index of the code with the largest `queries . codes + bias`; all backends agree.
+
+    The nearest code in the sense of distance has `bias = -0.5 * codes.square().sum(1)`, or none for unit rows.
+
+    Args:
+        queries: `[N, D]`, any floating dtype, cast to fp32; autocast does not act here. N may be 0.
+        codes: `[K, D]`, or the result of `prepare_codes` where many searches share a codebook.
+        bias: `[K]` or None; given to `prepare_codes` instead when that is used.
+        backend: "auto" is "triton" on CUDA where Triton is installed, else "blocked". "faiss" needs the extra of that
+            name and a CPU. "dense" is the oracle of the tests: slow, and limited in size.
+
+    Returns:
+        `[N]` int64 on the device of the queries, the lowest index among equal scores. A query with a NaN or an
+        infinity is treated as zero, so it gets the code with the largest bias, or 0.
+
+    Raises:
+        UserError: shapes that do not fit, codes that are not finite, or too large a problem for "dense".
+    """
     with torch.autocast(queries.device.type, enabled=False):
+        if isinstance(codes, Tensor):
+            codes = prepare_codes(codes, bias)
+        elif bias is not None:
+            raise UserError(
+                "give the bias to prepare_codes, not to nearest_code, when the codes are prepared"
+            )
+        width = codes.codes.shape[1] - codes.has_bias
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise UserError(f"queries must be [N, {width}] like the codes, got {list(queries.shape)}")
         queries = queries.detach().float()
-        if backend == "dense":
-            return _dense(queries, prepared)
-        return _blocked(queries, prepared)
+        peak = queries.abs().amax(1) if width else queries.new_zeros(len(queries))
+        live = (peak > 0) & (peak < torch.inf)
+        if bool(live.all()):
+            return _search(queries, codes, backend)
+        # All scores of a zero query are equal: no screen can help, and none is needed.
+        fallback = codes.codes[: codes.num_codes, -1].argmax() if codes.has_bias else 0
+        index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device) + fallback
+        index[live] = _search(queries[live], codes, backend)
+        return index
 
 
-def exact_scores(queries: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
-    """fp64 scores of paired rows: products of fp32 values are exact in fp64, summed by halving (fixed order)."""
+def _search(queries: Tensor, codes: PreparedCodes, backend: Backend) -> Tensor:
+    if len(queries) == 0:
+        return torch.empty(0, dtype=torch.int64, device=queries.device)
+    if codes.has_bias:
+        queries = torch.nn.functional.pad(queries, (0, 1), value=1.0)
+    queries = queries.contiguous()
+    if backend == "auto":
+        backend = "triton" if queries.is_cuda and _has_triton() else "blocked"
+    if backend == "blocked":
+        return _blocked(queries, codes)
+    if backend == "dense":
+        return _dense(queries, codes)
+    if backend == "faiss":
+        return _faiss(queries, codes)
+    if backend == "triton":
+        return _triton(queries, codes)
+    raise UserError(f'unknown backend "{backend}": one of auto, blocked, dense, faiss, triton')
+
+
+def exact_scores(queries: Tensor, codes: Tensor) -> Tensor:
+    """fp64 dot products of paired fp32 rows `[..., D]`, by halving: the same order, so the same bits, everywhere."""
     terms = queries.double() * codes.double()
     while (width := terms.shape[-1]) > 1:
         half = (width + 1) // 2
-        folded = terms[..., :half].clone()
-        folded[..., : width - half] += terms[..., half:]
-        terms = folded
-    scores = terms.sum(-1)
-    return scores if bias is None else scores + bias.double()
+        head, tail = terms[..., :half], terms[..., half:]
+        terms = head + torch.nn.functional.pad(tail, (0, half - tail.shape[-1]))
+    return terms[..., 0]
 
 
-def _dense(queries: Tensor, prepared: PreparedCodes) -> Tensor:
-    if len(queries) * len(prepared.codes) * queries.shape[1] > DENSE_LIMIT:
+# --- the backends: queries [N, D'] fp32 contiguous, N >= 1, with a column of ones where the codes hold a bias ---------
+
+
+def _dense(queries: Tensor, codes: PreparedCodes) -> Tensor:
+    """The oracle: every score in fp64, no screen."""
+    rows = codes.codes[: codes.num_codes]
+    if len(queries) * len(rows) > DENSE_LIMIT:
         raise UserError(
-            f"the dense search is a test oracle: {len(queries)} queries x {len(prepared.codes)} codes is too large; "
-            'use backend="auto"'
+            f'backend "dense" is a test oracle for at most {DENSE_LIMIT:,} scores, got {len(queries):,} queries x '
+            f'{len(rows):,} codes: use "auto"'
         )
-    return exact_scores(queries[:, None], prepared.codes, prepared.bias).max(1).indices
+    step = max(1, 2**22 // rows.numel())
+    return torch.cat([exact_scores(part[:, None], rows).max(dim=1).indices for part in queries.split(step)])
 
 
-def _blocked(queries: Tensor, prepared: PreparedCodes) -> Tensor:
-    out = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(queries), QUERY_BLOCK):
-        q = queries[start : start + QUERY_BLOCK]
-        best = q.new_full((len(q),), -torch.inf, dtype=torch.float64)
-        index = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-        for low in range(0, len(prepared.codes), CODE_BLOCK):
-            c = prepared.codes[low : low + CODE_BLOCK].double()
-            scores = q.double() @ c.T
-            if prepared.bias is not None:
-                scores += prepared.bias[low : low + CODE_BLOCK]
-            value, where = scores.max(1)
-            better = value > best
-            best = torch.where(better, value, best)
-            index = torch.where(better, where + low, index)
-        out[start : start + QUERY_BLOCK] = index
-    return out
+def _blocked(queries: Tensor, codes: PreparedCodes) -> Tensor:
+    found = []
+    fast = codes.bf16_codes is not None
+    for block in queries.split(QUERY_BLOCK):
+        survivors = _bf16_screen(block, codes) if fast else None
+        if survivors is None:
+            fast = False  # what defeats bf16 in one block (crowded codes, negative maxima) seldom spares the next
+            survivors = _fp32_screen(block, codes)
+        found.append(_rescore(block, codes, survivors))
+    return torch.cat(found)
+
+
+def _fp32_screen(queries: Tensor, codes: PreparedCodes) -> Tensor:
+    """`[P, 2]` int64: the (group, query) pairs that may hold a winner, sorted."""
+    best = _group_maxima(codes.codes, queries.T.contiguous())
+    relaxed = _matmul_is_relaxed(queries.device)
+    floor = best.amax(0) - _fp32_window(queries, codes, unit=2.0**-8 if relaxed else 2.0**-24)
+    return (~(best < floor)).nonzero()  # not >=: a floor that is NaN keeps all
+
+
+def _bf16_screen(queries: Tensor, codes: PreparedCodes) -> Tensor | None:
+    """The same, several times faster, or None where bf16 does not separate the codes."""
+    assert codes.bf16_codes is not None and codes.bf16_error is not None
+    rounded = queries.bfloat16()
+    # The bits of positive bf16 values order like integers, and maxima of int16 are far faster than of bf16. Negative
+    # ones order the other way round, which is harmless as long as the floor is positive.
+    bits = _group_maxima(codes.bf16_codes, rounded.T.contiguous())
+    top = bits.amax(0).view(torch.bfloat16).float()
+
+    width = queries.shape[1]
+    norm, kept, lost = _norms(queries), _norms(rounded), _norms(queries - rounded)
+    error = lost * codes.norm + kept * (codes.bf16_error + width * 2.0**-22 * (codes.norm + codes.bf16_error))
+    error = 1.01 * error + 4 * width * TINY * (1 + norm + codes.norm)
+    floor = top * (1 - 2.0**-8) - 2 * error  # the smallest score that rounds to the maximum, less the window
+    if not bool(((floor > 0) & (norm * codes.norm < HUGE)).all()):
+        return None
+    survivors = (
+        bits >= (floor.view(torch.int32) >> 16).short()
+    ).nonzero()  # truncated to bf16, so rounded down
+    crowd = len(queries) * max(4, len(codes.codes) // 4096)
+    return survivors if len(survivors) <= crowd else None
+
+
+def _group_maxima(codes: Tensor, queries: Tensor) -> Tensor:
+    """Largest score of each group of codes, `[K', D'] x [D', N] -> [K' / GROUP, N]`; of bf16 scores the bits, int16."""
+    n = queries.shape[1]
+    step = max(GROUP, SCORE_BLOCK.get(queries.device.type, 2**19) // n // GROUP * GROUP)
+    scores = codes.new_empty(min(step, len(codes)), n)
+    comparable = scores.view(torch.int16) if scores.dtype == torch.bfloat16 else scores
+    best = comparable.new_empty(len(codes) // GROUP, n)
+    for low in range(0, len(codes), step):
+        size = min(step, len(codes) - low)
+        torch.mm(codes[low : low + size], queries, out=scores[:size])
+        groups = slice(low // GROUP, (low + size) // GROUP)
+        torch.amax(comparable[:size].view(-1, GROUP, n), dim=1, out=best[groups])
+    return best
+
+
+def _rescore(queries: Tensor, codes: PreparedCodes, survivors: Tensor) -> Tensor:
+    """The winners `[N]` among the surviving (group, query) pairs `[P, 2]`: in fp32, then the near ties in fp64."""
+    grouped = codes.codes.view(-1, GROUP * queries.shape[1])
+    window = _fp32_window(queries, codes)
+    top = torch.full_like(window, -torch.inf)
+    best = torch.full_like(window, -torch.inf, dtype=torch.float64)
+    index = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    for pairs in survivors.split(PAIR_BLOCK):
+        group, query = pairs.unbind(1)
+        near = grouped.index_select(0, group).view(len(group), GROUP, -1)
+        scores = near.mul_(queries.index_select(0, query)[:, None]).sum(-1)
+        top.scatter_reduce_(0, query, scores.amax(1), "amax")
+        pair, slot = (~(scores < (top - window)[query][:, None])).nonzero(as_tuple=True)
+        code, query = group[pair] * GROUP + slot, query[pair]
+        _keep_best(best, index, query, code, exact_scores(queries[query], codes.codes[code]))
+    return index
+
+
+def _keep_best(best: Tensor, index: Tensor, query: Tensor, code: Tensor, score: Tensor) -> None:
+    """Merges candidates (query, code, score) `[C]` into `best` and `index` `[N]`; the lowest code wins ties."""
+    previous = best.clone()
+    best.scatter_reduce_(0, query, score, "amax")
+    index.masked_fill_(best > previous, torch.iinfo(torch.int64).max)
+    wins = score == best[query]
+    index.scatter_reduce_(0, query[wins], code[wins], "amin")
+
+
+def _faiss(queries: Tensor, codes: PreparedCodes) -> Tensor:
+    """Top-k of faiss, re-scored; a query whose k-th neighbour is still within the window goes to the blocked search."""
+    if queries.device.type != "cpu":
+        raise UserError('backend "faiss" runs on the CPU only: use "auto"')
+    import faiss
+
+    rows = codes.codes[: codes.num_codes]
+    k = min(FAISS_NEIGHBOURS, len(rows))
+    values, neighbours = faiss.knn(queries.numpy(), rows.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    scores, candidates = torch.from_numpy(values), torch.from_numpy(neighbours)
+    floor = scores[:, 0] - _fp32_window(queries, codes)
+    complete = (scores[:, -1] < floor) | torch.full_like(floor, k == len(rows), dtype=torch.bool)
+    index = torch.empty(len(queries), dtype=torch.int64)
+    if not bool(complete.all()):
+        index[~complete] = _blocked(queries[~complete], codes)
+    if bool(complete.any()):
+        exact = exact_scores(queries[complete][:, None], rows[candidates[complete]])
+        winners = exact == exact.amax(1, keepdim=True)
+        index[complete] = candidates[complete].masked_fill(~winners, len(rows)).amin(1)
+    return index
+
+
+def _triton(queries: Tensor, codes: PreparedCodes) -> Tensor:
+    """Fused product and top two; a query whose second score is within the window goes to the blocked search."""
+    from tokenflow.tokenizer.nearest_triton import top_two
+
+    first, index, second = top_two(queries, codes.codes[: codes.num_codes])
+    unsure = ~(second < first - _fp32_window(queries, codes))
+    if bool(unsure.any()):
+        index[unsure] = _blocked(queries[unsure], codes)
+    return index
+
+
+# --- error bounds and what the machine can do ---------------------------------------------------------------------------
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Upper bounds of the row norms, `[N, D] -> [N]`: the added term covers squares that underflow."""
+    return torch.linalg.vector_norm(rows.float(), dim=1) * (1 + 1e-4) + rows.shape[1] ** 0.5 * 2.0**-63
+
+
+def _fp32_window(queries: Tensor, codes: PreparedCodes, unit: float = 2.0**-24) -> Tensor:
+    """`[N]`: 2e of the module's docstring for scores computed in fp32, or with inputs rounded to a coarser `unit`."""
+    terms = queries.shape[1] + 4
+    gamma = terms * 2.0**-24 / (1 - terms * 2.0**-24) + (0.0 if unit == 2.0**-24 else 2 * unit + unit * unit)
+    norm = _norms(queries)
+    error = gamma * norm * codes.norm + 4 * terms * TINY * (1 + norm + codes.norm)
+    return torch.where(norm * codes.norm < HUGE, 2.02 * error, torch.inf)
+
+
+def _matmul_is_relaxed(device: torch.device) -> bool:
+    """Whether the user lets fp32 products be computed with rounded inputs (TF32, bf16)."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return any(p in ("tf32", "bf16") for p in (backend.matmul.fp32_precision, torch.backends.fp32_precision))
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
