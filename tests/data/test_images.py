@@ -27,16 +27,6 @@ def encoded(image, **options):
     return buffer.getvalue()
 
 
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_of_claimed_size(width, height):
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
-    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
-
-
 def assert_one_line(caught, *words):
     message = str(caught.value)
     assert "\n" not in message
@@ -141,20 +131,24 @@ def test_16_bit_grey_is_scaled_not_clipped(kind):
     np.testing.assert_array_equal(result[..., 0], result[..., 2])
 
 
-def test_16_bit_grey_with_a_transparent_value():
+def test_16_bit_grey_with_a_transparent_value(packs):
     grey = Image.fromarray(np.array([[0, 1000, 65535]], dtype=np.uint16))
     data = encoded(grey, format="PNG")
     end_of_header = 8 + 25
-    transparent = png_chunk(b"tRNS", struct.pack(">H", 1000))
+    transparent = packs.png_chunk(b"tRNS", struct.pack(">H", 1000))
     result = np.asarray(read_image(data[:end_of_header] + transparent + data[end_of_header:]))
     np.testing.assert_array_equal(result[0, :, 0], [0, 255, 255])
 
 
-def test_16_bit_rgb_png():
+def test_16_bit_rgb_png(packs):
     rows = b"".join(b"\0" + struct.pack(">3H", 0xFFFF, 0x8080, 0x0101) for _ in range(1))
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows))
-    assert read_image(data + png_chunk(b"IEND", b"")).getpixel((0, 0)) == (255, 128, 1)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + packs.png_chunk(b"IHDR", header)
+        + packs.png_chunk(b"IDAT", zlib.compress(rows))
+    )
+    assert read_image(data + packs.png_chunk(b"IEND", b"")).getpixel((0, 0)) == (255, 128, 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -224,18 +218,18 @@ def test_truncated(photo, tmp_path, kind, share):
     assert_one_line(caught, "cut.bin")
 
 
-def test_header_bomb_is_refused_before_decoding(tmp_path):
+def test_header_bomb_is_refused_before_decoding(packs, tmp_path):
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_of_claimed_size(50_000, 50_000))
+    path.write_bytes(packs.png_of_claimed_size(50_000, 50_000))
     with pytest.raises(ImageError) as caught:
         read_image(path)
     assert_one_line(caught, "bomb.png", "pixels")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_size_that_pillow_only_warns_about_is_refused():
+def test_size_that_pillow_only_warns_about_is_refused(packs):
     with pytest.raises(ImageError, match="10000 x 12000 pixels"):
-        read_image(png_of_claimed_size(10_000, 12_000))
+        read_image(packs.png_of_claimed_size(10_000, 12_000))
 
 
 def test_own_cap(photo):
