@@ -1,23 +1,30 @@
 """Exact nearest-code search: for each query the index of the code with the largest score.
 
-`nearest_code(q, c, b)` is argmax_k q . c_k + b_k with fp32 inputs, and "exact" means: as if every score were
-computed in fp64 in one fixed order (products of two fp32 values are exact there), the lowest index winning ties.
-Rounded scores alone cannot promise that: equal rows of a codebook get unequal fp32 scores from a blocked product.
-So each backend only *screens*: it drops the codes that provably cannot win and re-scores the few that are left.
+`nearest_code(q, c, b)` is argmax_k q . c_k + b_k with fp32 inputs, and "exact" means: as if every score
+were computed in fp64 in one fixed order (products of two fp32 values are exact there), the lowest index
+winning ties. Rounded scores alone cannot promise that: equal rows of a codebook get unequal fp32 scores
+from a blocked product. So each backend only *screens*: it drops the codes that provably cannot win and
+re-scores the rest.
 
-Why dropping is safe. Let s_k be the true score of code k, r_k the rounded one, |r_k - s_k| <= e for all k, and w the
-winner. Then r_w >= s_w - e >= s_k - e >= r_k - 2e for every k, hence r_w >= max_k r_k - 2e: whatever lies more than
-2e under the rounded maximum is no candidate. The bounds e, for rows of n entries, with ||.|| the 2-norm:
+Why dropping is safe. Let s_k be the true score of code k, r_k the rounded one, |r_k - s_k| <= e for all k,
+and w the winner. Then r_w >= s_w - e >= s_k - e >= r_k - 2e for every k, hence r_w >= max_k r_k - 2e:
+whatever lies more than 2e under the rounded maximum is no candidate. The bounds e, for rows of n entries,
+||.|| the 2-norm:
 
-- fp32: e = g_n ||q|| ||c||, g_n = n u / (1 - n u), u = 2^-24. It holds for any order of summation, with or without
-  fused multiply-add (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, and Cauchy-Schwarz).
-- bf16: q = q' + dq, c = c' + dc with q', c' in bf16, so |q.c - q'.c'| <= ||dq|| ||c|| + ||q'|| ||dc||, where the norms
-  of the residuals are computed, not estimated; plus fp32 accumulation, plus one rounding of the result to bf16.
+- fp32: e = g_n ||q|| ||c||, g_n = n u / (1 - n u), u = 2^-24, for any order of summation, with or without
+  fused multiply-add (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1, and
+  Cauchy-Schwarz).
+- bf16: q = q' + dq, c = c' + dc with q', c' in bf16, so |q.c - q'.c'| <= ||dq|| ||c|| + ||q'|| ||dc||,
+  where the norms of the residuals are computed, not estimated; plus fp32 accumulation, plus one rounding to
+  bf16.
 
-Both get a little slack for the rounding of the bounds themselves and for underflow, also when flushed to zero.
+Both get a little slack for the rounding of the bounds themselves and for underflow, also if flushed to
+zero.
 
-The blocked search keeps, of each block of scores, only the maximum of every 32 consecutive codes, which vectorises
-where a maximum with its index does not; the indices come from re-scoring the groups that survive (one or two a query).
+The blocked search keeps, of each block of scores, only the maximum of every 32 consecutive codes, which
+vectorises where a maximum with its index does not; the index comes from re-scoring the groups that survive
+(one or two a query). Where the processor has bf16 products, they screen several times faster than fp32
+ones.
 """
 
 from __future__ import annotations
@@ -56,7 +63,7 @@ class PreparedCodes:
 
 @torch.no_grad()
 def prepare_codes(codes: Tensor, bias: Tensor | None = None) -> PreparedCodes:
-    """Does once per codebook what every search with it needs; a snapshot: later changes of `codes` may not show.
+    """Does once per codebook what every search with it needs. Call it again when the codes have changed.
 
     Args:
         codes: `[K, D]`, any floating dtype, cast to fp32.
@@ -90,18 +97,18 @@ def nearest_code(
 ) -> Tensor:
     """For each query the index of the code with the largest `queries . codes + bias`; all backends agree.
 
-    The nearest code in the sense of distance has `bias = -0.5 * codes.square().sum(1)`, or none for unit rows.
+    For the least Euclidean distance give `bias = -0.5 * codes.square().sum(1)`, or none for unit rows.
 
     Args:
         queries: `[N, D]`, any floating dtype, cast to fp32; autocast does not act here. N may be 0.
         codes: `[K, D]`, or the result of `prepare_codes` where many searches share a codebook.
         bias: `[K]` or None; given to `prepare_codes` instead when that is used.
-        backend: "auto" is "triton" on CUDA where Triton is installed, else "blocked". "faiss" needs the extra of that
-            name and a CPU. "dense" is the oracle of the tests: slow, and limited in size.
+        backend: "auto" is "triton" on CUDA where Triton is installed, else "blocked". "faiss" needs the extra
+            of that name and a CPU. "dense" is the oracle of the tests: slow, and limited in size.
 
     Returns:
-        `[N]` int64 on the device of the queries, the lowest index among equal scores. A query with a NaN or an
-        infinity is treated as zero, so it gets the code with the largest bias, or 0.
+        `[N]` int64 on the device of the queries, the lowest index among equal scores. A query with a NaN or
+        an infinity is treated as zero, so it gets the code with the largest bias, or 0.
 
     Raises:
         UserError: shapes that do not fit, codes that are not finite, or too large a problem for "dense".
@@ -110,9 +117,7 @@ def nearest_code(
         if isinstance(codes, Tensor):
             codes = prepare_codes(codes, bias)
         elif bias is not None:
-            raise UserError(
-                "give the bias to prepare_codes, not to nearest_code, when the codes are prepared"
-            )
+            raise UserError("the codes are prepared: give the bias to prepare_codes, not to nearest_code")
         width = codes.codes.shape[1] - codes.has_bias
         if queries.ndim != 2 or queries.shape[1] != width:
             raise UserError(f"queries must be [N, {width}] like the codes, got {list(queries.shape)}")
@@ -148,7 +153,7 @@ def _search(queries: Tensor, codes: PreparedCodes, backend: Backend) -> Tensor:
 
 
 def exact_scores(queries: Tensor, codes: Tensor) -> Tensor:
-    """fp64 dot products of paired fp32 rows `[..., D]`, by halving: the same order, so the same bits, everywhere."""
+    """fp64 dot products of paired fp32 rows `[..., D]`, summed by halving: the same bits on every machine."""
     terms = queries.double() * codes.double()
     while (width := terms.shape[-1]) > 1:
         half = (width + 1) // 2
@@ -157,7 +162,7 @@ def exact_scores(queries: Tensor, codes: Tensor) -> Tensor:
     return terms[..., 0]
 
 
-# --- the backends: queries [N, D'] fp32 contiguous, N >= 1, with a column of ones where the codes hold a bias ---------
+# Below, queries are [N, D'] fp32, contiguous, N >= 1, and end in a column of ones where there is a bias.
 
 
 def _dense(queries: Tensor, codes: PreparedCodes) -> Tensor:
@@ -165,8 +170,8 @@ def _dense(queries: Tensor, codes: PreparedCodes) -> Tensor:
     rows = codes.codes[: codes.num_codes]
     if len(queries) * len(rows) > DENSE_LIMIT:
         raise UserError(
-            f'backend "dense" is a test oracle for at most {DENSE_LIMIT:,} scores, got {len(queries):,} queries x '
-            f'{len(rows):,} codes: use "auto"'
+            f'backend "dense" is a test oracle for at most {DENSE_LIMIT:,} scores, got '
+            f'{len(queries):,} queries x {len(rows):,} codes: use "auto"'
         )
     step = max(1, 2**22 // rows.numel())
     return torch.cat([exact_scores(part[:, None], rows).max(dim=1).indices for part in queries.split(step)])
@@ -178,7 +183,9 @@ def _blocked(queries: Tensor, codes: PreparedCodes) -> Tensor:
     for block in queries.split(QUERY_BLOCK):
         survivors = _bf16_screen(block, codes) if fast else None
         if survivors is None:
-            fast = False  # what defeats bf16 in one block (crowded codes, negative maxima) seldom spares the next
+            fast = (
+                False  # what defeats it in one block (crowded codes, negative maxima) seldom spares the next
+            )
             survivors = _fp32_screen(block, codes)
         found.append(_rescore(block, codes, survivors))
     return torch.cat(found)
@@ -187,17 +194,17 @@ def _blocked(queries: Tensor, codes: PreparedCodes) -> Tensor:
 def _fp32_screen(queries: Tensor, codes: PreparedCodes) -> Tensor:
     """`[P, 2]` int64: the (group, query) pairs that may hold a winner, sorted."""
     best = _group_maxima(codes.codes, queries.T.contiguous())
-    relaxed = _matmul_is_relaxed(queries.device)
-    floor = best.amax(0) - _fp32_window(queries, codes, unit=2.0**-8 if relaxed else 2.0**-24)
+    floor = best.amax(0) - _fp32_window(queries, codes, _product_rounding(queries.device))
     return (~(best < floor)).nonzero()  # not >=: a floor that is NaN keeps all
 
 
 def _bf16_screen(queries: Tensor, codes: PreparedCodes) -> Tensor | None:
     """The same, several times faster, or None where bf16 does not separate the codes."""
-    assert codes.bf16_codes is not None and codes.bf16_error is not None
+    assert codes.bf16_codes is not None
+    assert codes.bf16_error is not None
     rounded = queries.bfloat16()
-    # The bits of positive bf16 values order like integers, and maxima of int16 are far faster than of bf16. Negative
-    # ones order the other way round, which is harmless as long as the floor is positive.
+    # The bits of positive bf16 values order like integers, and int16 maxima are far faster than bf16 ones.
+    # Negative ones order the other way round, which is harmless as long as the floor is positive.
     bits = _group_maxima(codes.bf16_codes, rounded.T.contiguous())
     top = bits.amax(0).view(torch.bfloat16).float()
 
@@ -208,15 +215,14 @@ def _bf16_screen(queries: Tensor, codes: PreparedCodes) -> Tensor | None:
     floor = top * (1 - 2.0**-8) - 2 * error  # the smallest score that rounds to the maximum, less the window
     if not bool(((floor > 0) & (norm * codes.norm < HUGE)).all()):
         return None
-    survivors = (
-        bits >= (floor.view(torch.int32) >> 16).short()
-    ).nonzero()  # truncated to bf16, so rounded down
+    floor_bits = (floor.view(torch.int32) >> 16).short()  # truncated to bf16, so rounded down
+    survivors = (bits >= floor_bits).nonzero()
     crowd = len(queries) * max(4, len(codes.codes) // 4096)
     return survivors if len(survivors) <= crowd else None
 
 
 def _group_maxima(codes: Tensor, queries: Tensor) -> Tensor:
-    """Largest score of each group of codes, `[K', D'] x [D', N] -> [K' / GROUP, N]`; of bf16 scores the bits, int16."""
+    """Largest score of each group, `[K', D'] x [D', N] -> [K' / GROUP, N]`; bf16 ones as int16 bits."""
     n = queries.shape[1]
     step = max(GROUP, SCORE_BLOCK.get(queries.device.type, 2**19) // n // GROUP * GROUP)
     scores = codes.new_empty(min(step, len(codes)), n)
@@ -231,7 +237,7 @@ def _group_maxima(codes: Tensor, queries: Tensor) -> Tensor:
 
 
 def _rescore(queries: Tensor, codes: PreparedCodes, survivors: Tensor) -> Tensor:
-    """The winners `[N]` among the surviving (group, query) pairs `[P, 2]`: in fp32, then the near ties in fp64."""
+    """The winners `[N]` among the surviving (group, query) pairs `[P, 2]`: fp32, then near ties in fp64."""
     grouped = codes.codes.view(-1, GROUP * queries.shape[1])
     window = _fp32_window(queries, codes)
     top = torch.full_like(window, -torch.inf)
@@ -249,7 +255,7 @@ def _rescore(queries: Tensor, codes: PreparedCodes, survivors: Tensor) -> Tensor
 
 
 def _keep_best(best: Tensor, index: Tensor, query: Tensor, code: Tensor, score: Tensor) -> None:
-    """Merges candidates (query, code, score) `[C]` into `best` and `index` `[N]`; the lowest code wins ties."""
+    """Merges candidates (query, code, score), each `[C]`, into `best`, `index` `[N]`; low codes win ties."""
     previous = best.clone()
     best.scatter_reduce_(0, query, score, "amax")
     index.masked_fill_(best > previous, torch.iinfo(torch.int64).max)
@@ -258,7 +264,7 @@ def _keep_best(best: Tensor, index: Tensor, query: Tensor, code: Tensor, score: 
 
 
 def _faiss(queries: Tensor, codes: PreparedCodes) -> Tensor:
-    """Top-k of faiss, re-scored; a query whose k-th neighbour is still within the window goes to the blocked search."""
+    """Top-k of faiss, re-scored; where even the k-th neighbour is within the window, the blocked search."""
     if queries.device.type != "cpu":
         raise UserError('backend "faiss" runs on the CPU only: use "auto"')
     import faiss
@@ -280,7 +286,7 @@ def _faiss(queries: Tensor, codes: PreparedCodes) -> Tensor:
 
 
 def _triton(queries: Tensor, codes: PreparedCodes) -> Tensor:
-    """Fused product and top two; a query whose second score is within the window goes to the blocked search."""
+    """Top two of the fused kernel; where the second is within the window, the blocked search."""
     from tokenflow.tokenizer.nearest_triton import top_two
 
     first, index, second = top_two(queries, codes.codes[: codes.num_codes])
@@ -290,33 +296,30 @@ def _triton(queries: Tensor, codes: PreparedCodes) -> Tensor:
     return index
 
 
-# --- error bounds and what the machine can do ---------------------------------------------------------------------------
-
-
 def _norms(rows: Tensor) -> Tensor:
-    """Upper bounds of the row norms, `[N, D] -> [N]`: the added term covers squares that underflow."""
+    """Upper bounds of the row norms, `[N, D] -> [N]`; the last term covers squares that underflow."""
     return torch.linalg.vector_norm(rows.float(), dim=1) * (1 + 1e-4) + rows.shape[1] ** 0.5 * 2.0**-63
 
 
-def _fp32_window(queries: Tensor, codes: PreparedCodes, unit: float = 2.0**-24) -> Tensor:
-    """`[N]`: 2e of the module's docstring for scores computed in fp32, or with inputs rounded to a coarser `unit`."""
+def _fp32_window(queries: Tensor, codes: PreparedCodes, rounding: float = 0.0) -> Tensor:
+    """`[N]`: 2e of the module's docstring for fp32 scores of inputs that were rounded by `rounding`."""
     terms = queries.shape[1] + 4
-    gamma = terms * 2.0**-24 / (1 - terms * 2.0**-24) + (0.0 if unit == 2.0**-24 else 2 * unit + unit * unit)
+    gamma = terms * 2.0**-24 / (1 - terms * 2.0**-24) + rounding * (2 + rounding)
     norm = _norms(queries)
     error = gamma * norm * codes.norm + 4 * terms * TINY * (1 + norm + codes.norm)
     return torch.where(norm * codes.norm < HUGE, 2.02 * error, torch.inf)
 
 
-def _matmul_is_relaxed(device: torch.device) -> bool:
-    """Whether the user lets fp32 products be computed with rounded inputs (TF32, bf16)."""
+def _product_rounding(device: torch.device) -> float:
+    """How much fp32 products round their inputs: nothing, unless the user allows TF32 or bf16 for speed."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    return any(p in ("tf32", "bf16") for p in (backend.matmul.fp32_precision, torch.backends.fp32_precision))
+    return {"tf32": 2.0**-10, "bf16": 2.0**-8}.get(backend.matmul.fp32_precision, 0.0)
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    if device.type != "cpu":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _has_triton() -> bool:

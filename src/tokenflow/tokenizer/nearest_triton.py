@@ -1,4 +1,4 @@
-"""Fused product and running top two on CUDA: one pass over the codes per block of queries, no score leaves the chip."""
+"""Fused product and running top two on CUDA: one pass over the codes, and no score leaves the chip."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _top_two_kernel(
     dims = tl.arange(0, PADDED)
     low = tl.program_id(1) * per_split
     q = tl.load(
-        queries + rows[:, None].to(tl.int64) * WIDTH + dims,
-        mask=(rows[:, None] < n) & (dims < WIDTH),
+        queries + rows[:, None].to(tl.int64) * WIDTH + dims[None, :],
+        mask=(rows[:, None] < n) & (dims[None, :] < WIDTH),
         other=0.0,
     )
     top = tl.full([N], float("-inf"), tl.float32)
@@ -57,8 +57,8 @@ def top_two(queries: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, codes: `[N, D]` and `[K, D]`, fp32, contiguous, N and K at least 1, norms far from overflow.
 
     Returns:
-        `(first [N] fp32, index [N] int64, second [N] fp32)`; `second` is -inf for K = 1. The scores carry the rounding
-        error of an fp32 product: the caller decides whether `first` is certain.
+        `(first [N] fp32, index [N] int64, second [N] fp32)`; `second` is -inf for K = 1. The scores carry the
+        rounding error of an fp32 product: the caller decides whether `first` is certain.
     """
     n, width = queries.shape
     k = len(codes)
