@@ -16,6 +16,7 @@ from tokenflow.errors import UserError
 _REASONS = {
     errno.ENOSPC: "no space left on the disk; free some or choose another place",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "the file is larger than this disk or account allows; choose another place",
     errno.EACCES: "permission denied; choose a place you may write to",
     errno.EPERM: "permission denied; choose a place you may write to",
     errno.EROFS: "the file system is read-only; choose a place you may write to",
@@ -69,7 +70,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             target,
             target.parent,
         )
-        if ours and error.errno in _REASONS:
+        if not created or (ours and error.errno in _REASONS):  # before the block runs, any error is ours
             raise write_error(target, error) from error
         raise
     finally:

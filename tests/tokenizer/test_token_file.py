@@ -125,7 +125,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tokenflow.tokenizer.token_file.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(UserError, match="no space left"):
         save_tokens(path, TOKENS)
     assert path.read_bytes() == before

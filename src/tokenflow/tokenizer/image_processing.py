@@ -52,7 +52,7 @@ class TokenFlowImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
-    size = {"height": 256, "width": 256}  # noqa: RUF012 (transformers' convention)
+    size = SizeDict(height=256, width=256)
     resize_mode = "crop"
     do_resize = True
     do_rescale = True
@@ -64,7 +64,7 @@ class TokenFlowImageProcessor(PilBackend):
         _side(self.size, self.resize_mode)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
         """As in transformers; names of bundled models come first."""
         from tokenflow.bundled import resolve
 
@@ -77,7 +77,7 @@ class TokenFlowImageProcessor(PilBackend):
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return super().convert_to_rgb(image, input_data_format)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self,
         images: list[np.ndarray],
         do_resize: bool,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from tokenflow.errors import UserError
@@ -90,8 +90,9 @@ def save_tokens(path: str | os.PathLike[str], tokens: TokenFile) -> None:
         "files": json.dumps(tokens.files),
         "sizes": json.dumps(tokens.sizes),
     }
+    data = save({"indices": tokens.indices.cpu().numpy().astype(narrow)}, metadata)
     with atomic_write(path) as temporary:
-        save_file({"indices": tokens.indices.cpu().numpy().astype(narrow)}, temporary, metadata)
+        temporary.write_bytes(data)  # not save_file, whose errors do not say that the disk is full
 
 
 def load_tokens(path: str | os.PathLike[str]) -> TokenFile:

@@ -1,0 +1,314 @@
+"""The command line: a command is a few lines that call one function of a room.
+
+Heavy imports stay inside the functions, so that every `--help` answers at once. Mistakes of the user end as
+one line, `tokenflow: error: ...`, with exit code 2; Ctrl-C ends with 130 and leaves no half file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+from tokenflow import __version__
+from tokenflow.errors import UserError
+from tokenflow.evaluation.options import ReconstructionEval, SemanticsEval
+from tokenflow.names import unknown_name
+
+Dtype = Literal["float32", "bfloat16"]
+Output = Annotated[Path, arg(aliases=["-o"])]
+Model = Annotated[str, arg(aliases=["-m"])]
+Images = Positional[Annotated[tuple[Path, ...], arg(metavar="IMG ...")]]
+
+
+def encode(
+    images: Images,
+    /,
+    *,
+    output: Output,
+    model: Model = "tokenflow-tiny",
+    resize_mode: Literal["crop", "pad", "squash"] = "crop",
+    device: str = "auto",
+    batch_size: int = 16,
+) -> None:
+    """Turn images into tokens, all in one safetensors file.
+
+    Args:
+        images: Image files, or folders of them.
+        output: The token file to write.
+        model: A bundled name, a folder, or a hub name.
+        resize_mode: How a picture becomes square: cut out its middle, pad it, or squash it.
+        device: auto, cpu, cuda, cuda:1 ...
+        batch_size: Pictures at a time.
+    """
+    from tokenflow import codec
+
+    tokens = codec.encode_files(
+        images, output, model=model, resize_mode=resize_mode, device=device, batch_size=batch_size
+    )
+    count, length = tokens.indices.shape
+    size = output.stat().st_size
+    print(f"{count} {'image' if count == 1 else 'images'}, {length} tokens each: {output} ({size:,} bytes)")
+
+
+def decode(
+    tokens: Positional[Path],
+    /,
+    *,
+    output: Output,
+    model: Annotated[str | None, arg(aliases=["-m"])] = None,
+    num_scales: int | None = None,
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    batch_size: int = 16,
+) -> None:
+    """Turn a token file back into PNG pictures.
+
+    Args:
+        tokens: The token file.
+        output: The folder for the pictures.
+        model: The model named in the token file, unless given; it must have the same codebook.
+        num_scales: Decode only the first so many scales: coarse, but full-size.
+        device: auto, cpu, cuda, cuda:1 ...
+        dtype: Of the decoder; bfloat16 is faster, and nearly the same.
+        batch_size: Pictures at a time.
+    """
+    from tokenflow import codec
+
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    pictures = codec.decode_file(tokens, output, model=model, num_scales=num_scales, **options)  # type: ignore[arg-type]
+    print(f"{len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'} in {output}")
+
+
+def reconstruct(
+    images: Images,
+    /,
+    *,
+    output: Output = Path("reconstructions"),
+    model: Model = "tokenflow-tiny",
+    metrics: bool = False,
+    device: str = "auto",
+    dtype: Dtype = "float32",
+    batch_size: int = 16,
+) -> None:
+    """Send images through tokens and back; writes a comparison sheet.
+
+    Args:
+        images: Image files, or folders of them.
+        output: The folder for the pictures and comparison.png.
+        model: A bundled name, a folder, or a hub name.
+        metrics: Also print PSNR and SSIM, and write metrics.json.
+        device: auto, cpu, cuda, cuda:1 ...
+        dtype: Of the decoder; bfloat16 is faster, and nearly the same.
+        batch_size: Pictures at a time.
+    """
+    from tokenflow import codec
+
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    rows = codec.reconstruct_files(images, output, model=model, metrics=metrics, **options)  # type: ignore[arg-type]
+    if metrics:
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("psnr", "ssim")}
+        lines = [*rows, {"file": "mean", **mean}] if len(rows) > 1 else rows
+        _print_table(["image", "PSNR (dB)", "SSIM"], [_metrics_row(row) for row in lines])
+    print(f"originals beside reconstructions: {output / 'comparison.png'}")
+
+
+def info(model: Positional[str] = "tokenflow-tiny", /) -> None:
+    """Say what a model or a token file is.
+
+    Args:
+        model: A bundled name, a model's folder, or a token file.
+    """
+    from tokenflow import codec
+
+    _print_table([], [list(row) for row in codec.describe(model).items()])
+
+
+def convert(
+    file: Positional[Path],
+    out: Positional[Path],
+    /,
+    *,
+    image_size: int | None = None,
+    wrapper: str | None = None,
+) -> None:
+    """Turn a released TokenFlow checkpoint into a loadable folder.
+
+    Args:
+        file: The released .pt (or .safetensors) file; pickled code in it is refused, never run.
+        out: The folder to make.
+        image_size: 224 or 256 for the CLIP layouts, which the file cannot tell apart.
+        wrapper: The entry of the file with the weights: ema, model or state_dict, whichever comes first.
+    """
+    from rich.console import Console
+
+    from tokenflow.checkpoints.tokenizer import convert_tokenizer
+
+    Console().print(convert_tokenizer(file, out, image_size, wrapper))
+
+
+def eval_reconstruction(options: OmitArgPrefixes[ReconstructionEval]) -> None:
+    """Measure what reconstruction loses: PSNR, SSIM, usage, perceptual distances."""
+    from tokenflow.evaluation.reconstruction import run
+
+    _print_result(run(options))
+
+
+def eval_semantics(options: OmitArgPrefixes[SemanticsEval]) -> None:
+    """Measure what tokens know: k-NN, linear probe and zero-shot accuracy."""
+    from tokenflow.evaluation.semantics import run
+
+    _print_result(run(options))
+
+
+def eval_compare(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RESULT.json ...")]], /) -> None:
+    """Show results side by side; those that were measured differently are refused.
+
+    Args:
+        results: Files that `eval ... --out` wrote.
+    """
+    from rich.console import Console
+
+    from tokenflow.evaluation.report import compare, read
+
+    Console(soft_wrap=True).print(compare([read(path) for path in results]))
+
+
+def demo(
+    *, output: Output = Path("demo-output"), model: Model = "tokenflow-tiny", device: str = "auto"
+) -> None:
+    """Show the tokenizer at work on a few photographs: an HTML page and a PNG.
+
+    Args:
+        output: The folder for page and picture.
+        model: A bundled name, a folder, or a hub name.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+    from tokenflow.demo import run_demo
+
+    page, picture = run_demo(output, model=model, device=device)
+    print(f"page:    {page.resolve()}\npicture: {picture.resolve()}")
+
+
+COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
+    "demo": demo,
+    "encode": encode,
+    "decode": decode,
+    "reconstruct": reconstruct,
+    "info": info,
+    "convert": convert,
+    "eval": {"reconstruction": eval_reconstruction, "semantics": eval_semantics, "compare": eval_compare},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    # Read by transformers when it is imported: its bars and notes would drown ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"tokenflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:  # out of a library that writes for itself, such as a tracker
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"tokenflow: error: {error.strerror}: {error.filename or 'the disk is full'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tokenflow: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    commands: Any = COMMANDS
+    words = ["tokenflow"]
+    while isinstance(commands, dict):
+        if not arguments or arguments[0] in ("-h", "--help"):
+            _overview(words, commands)
+            return
+        name = arguments.pop(0)
+        if len(words) == 1 and name == "--version":
+            print(f"tokenflow {__version__}")
+            return
+        if name not in commands:
+            raise unknown_name("option" if name.startswith("-") else "command", name, commands)
+        commands = commands[name]
+        words.append(name)
+    _parse(commands, " ".join(words), arguments)()
+
+
+def _parse(command: Callable[..., Any], program: str, arguments: Sequence[str]) -> Callable[[], Any]:
+    """Read a command's arguments by `tyro`; mistakes become one-line UserErrors in place of boxes."""
+
+    @functools.wraps(command)
+    def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(command, *args, **kwargs)
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(later, prog=program, args=arguments, config=(FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return lambda: None  # it was --help
+        words = " ".join(line.strip("╭╮╰╯│─ ") for line in errors.getvalue().splitlines()[1:]).split()
+        message = re.split(" (?:For full helptext|Argument helptext)", " ".join(words))[0]
+        raise UserError(f"{message}; see {program} --help") from None
+
+
+def _overview(words: list[str], commands: dict[str, Any]) -> None:
+    rows = []
+    for name, command in commands.items():
+        if isinstance(command, dict):
+            rows += [[f"{name} {sub}", _summary(inner)] for sub, inner in command.items()]
+        else:
+            rows.append([name, _summary(command)])
+    print(f"usage: {' '.join(words)} COMMAND ...\n")
+    if len(words) == 1:
+        print("TokenFlow: images to tokens and back; one tokenizer for understanding and generation.\n")
+    _print_table([], rows)
+    print(f"\n{' '.join(words)} COMMAND --help says more.")
+
+
+def _summary(command: Callable[..., Any]) -> str:
+    return (command.__doc__ or "").strip().splitlines()[0]
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from tokenflow.evaluation.report import table
+
+    Console(soft_wrap=True).print(table(result))
+
+
+def _metrics_row(row: dict[str, Any]) -> list[str]:
+    return [row["file"], f"{row['psnr']:.2f}", f"{row['ssim']:.3f}"]
+
+
+def _print_table(header: list[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, show_header=bool(header), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
