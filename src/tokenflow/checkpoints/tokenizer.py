@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ class ConversionReport:
     """What a conversion read, renamed and ignored.
 
     Attributes:
-        source, output: the file and the folder.
+        source, output: the file and the folder (None: no folder was written).
         wrapper: the entry of the file that held the weights; None: the file itself.
         preset: the preset that the configuration is built from.
         decoder: `"normal"` or `"enhanced"`.
@@ -100,7 +100,7 @@ class ConversionReport:
     """
 
     source: str
-    output: str
+    output: str | None
     wrapper: str | None
     preset: str
     decoder: str
@@ -118,11 +118,13 @@ class ConversionReport:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         reasons: dict[str, int] = {}
         for reason in self.ignored.values():
             reasons[reason] = reasons.get(reason, 0) + 1
-        table = Table(title=f"{self.source} -> {self.output}", show_header=False, title_justify="left")
+        title = self.source if self.output is None else f"{self.source} -> {self.output}"
+        table = Table(title=Text(title), show_header=False, title_justify="left")
         table.add_row("weights from", self.wrapper or "the file itself")
         table.add_row("layout", f"{self.preset} ({self.decoder} decoder)")
         table.add_row("image size", f"{self.image_size} ({self.image_size_reason})")
@@ -172,18 +174,49 @@ def convert_tokenizer(
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; choose another folder or remove it")
     weights, wrapper = read_state_dict(file, wrapper)
-    family = _family(weights, file)
-    config, decoder, reason = _configuration(weights, family, image_size, file)
-    with torch.device("meta"):
+    config, state, report = convert_state_dict(weights, image_size, source=os.fspath(file))
+    report = replace(report, wrapper=wrapper, output=os.fspath(out))
+    with torch.device("meta"):  # the file's tensors take the place of the model's, so nothing is held twice
         model = TokenFlowModel(config)
-    state, renamed = _rename(weights, model.state_dict(), family, file)
-    used = {old for old, _ in renamed}
-    ignored = _ignored(weights, used, config, file)
     model.load_state_dict(state, strict=True, assign=True)
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
+        TokenFlowImageProcessor(size=config.image_size).save_pretrained(folder)
+        (folder / REPORT_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
+    return report
+
+
+def convert_state_dict(
+    weights: dict[str, Tensor], image_size: int | None = None, source: str = "the state dict"
+) -> tuple[TokenFlowConfig, dict[str, Tensor], ConversionReport]:
+    """A released state dict as configuration and state dict of a `TokenFlowModel`; tensors are not copied.
+
+    Args:
+        weights: `{released key: tensor}`, floating point, on any device.
+        image_size: see `convert_tokenizer`.
+        source: what errors and the report call it.
+
+    Returns:
+        The configuration, `{key of ours: tensor}`, and the report.
+
+    Raises:
+        CheckpointError, UserError: see `convert_tokenizer`.
+    """
+    import torch
+
+    from tokenflow.tokenizer.modeling import TokenFlowModel
+
+    family = _family(weights, source)
+    config, decoder, reason = _configuration(weights, family, image_size, source)
+    with torch.device("meta"):
+        wanted = TokenFlowModel(config).state_dict()
+    state, renamed = _rename(weights, wanted, family, source)
+    used = {old for old, _ in renamed}
+    ignored = _ignored(weights, used, config, source)
     report = ConversionReport(
-        source=os.fspath(file),
-        output=os.fspath(out),
-        wrapper=wrapper,
+        source=source,
+        output=None,
+        wrapper=None,
         preset=_preset(family, config.image_size, decoder),
         decoder=decoder,
         image_size=config.image_size,
@@ -195,11 +228,7 @@ def convert_tokenizer(
         renamed=renamed,
         ignored=ignored,
     )
-    with atomic_folder(out) as folder:
-        model.save_pretrained(folder)
-        TokenFlowImageProcessor(size=config.image_size).save_pretrained(folder)
-        (folder / REPORT_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
-    return report
+    return config, state, report
 
 
 def released_key(key: str, family: str) -> tuple[str, int | None]:
@@ -223,12 +252,12 @@ def released_key(key: str, family: str) -> tuple[str, int | None]:
     return key, None
 
 
-def _family(weights: dict[str, Tensor], file: str | os.PathLike[str]) -> str:
+def _family(weights: dict[str, Tensor], source: str) -> str:
     for family, (key, _, _) in _FAMILIES.items():
         if key in weights:
             return family
     raise CheckpointError(
-        f"{os.fspath(file)} is no released tokenizer: it has none of "
+        f"{source} is no released tokenizer: it has none of "
         + ", ".join(key for key, _, _ in _FAMILIES.values())
     )
 
@@ -240,15 +269,15 @@ def _preset(family: str, image_size: int, decoder: str) -> str:
 
 
 def _configuration(
-    weights: dict[str, Tensor], family: str, image_size: int | None, file: str | os.PathLike[str]
+    weights: dict[str, Tensor], family: str, image_size: int | None, source: str
 ) -> tuple[TokenFlowConfig, str, str]:
     """The configuration, the kind of decoder, and why this image size."""
     from tokenflow.tokenizer.configuration import TokenFlowConfig
 
-    width = len(_need(weights, "decoder.conv_in.weight", file))
+    width = len(_need(weights, "decoder.conv_in.weight", source))
     if width not in _DECODERS:
         raise CheckpointError(
-            f"{os.fspath(file)}: decoder.conv_in.weight has {width} channels; "
+            f"{source}: decoder.conv_in.weight has {width} channels; "
             "the normal decoder has 512, the enhanced one 1024"
         )
     decoder, sizes = _DECODERS[width], _FAMILIES[family][2]
@@ -262,7 +291,7 @@ def _configuration(
     else:
         image_size = 256 if decoder == "enhanced" else 224
         reason = f"assumed from the {decoder} decoder; the keys cannot tell, --image-size overrides"
-    codes = len(_need(weights, "quantize.embedding_vqkd.weight", file))
+    codes = len(_need(weights, "quantize.embedding_vqkd.weight", source))
     return (
         TokenFlowConfig.from_preset(_preset(family, image_size, decoder), codebook_size=codes),
         decoder,
@@ -270,14 +299,14 @@ def _configuration(
     )
 
 
-def _need(weights: dict[str, Tensor], key: str, file: str | os.PathLike[str]) -> Tensor:
+def _need(weights: dict[str, Tensor], key: str, source: str) -> Tensor:
     if key not in weights or weights[key].ndim == 0:
-        raise CheckpointError(f"{os.fspath(file)} lacks 1 tensor of its layout: {key}")
+        raise CheckpointError(f"{source} lacks 1 tensor of its layout: {key}")
     return weights[key]
 
 
 def _rename(
-    weights: dict[str, Tensor], wanted: dict[str, Tensor], family: str, file: str | os.PathLike[str]
+    weights: dict[str, Tensor], wanted: dict[str, Tensor], family: str, source: str
 ) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
     """The model's state dict out of the file's tensors, and the pairs of keys.
 
@@ -287,7 +316,7 @@ def _rename(
     places = {key: released_key(key, family) for key in wanted}
     missing = list(dict.fromkeys(old for old, _ in places.values() if old not in weights))
     if missing:
-        raise CheckpointError(f"{os.fspath(file)} lacks {_count(missing)} of its layout: {_first(missing)}")
+        raise CheckpointError(f"{source} lacks {_count(missing)} of its layout: {_first(missing)}")
     state, wrong = {}, []
     for key, (old, third) in places.items():
         tensor = weights[old]
@@ -300,12 +329,12 @@ def _rename(
         state[key] = (tensor if third is None else tensor.chunk(3)[third]).contiguous()
     if wrong:
         wrong = list(dict.fromkeys(wrong))
-        raise CheckpointError(f"{os.fspath(file)}: {_count(wrong)} of another shape or type: {_first(wrong)}")
+        raise CheckpointError(f"{source}: {_count(wrong)} of another shape or type: {_first(wrong)}")
     return state, [(old, key) for key, (old, _) in places.items()]
 
 
 def _ignored(
-    weights: dict[str, Tensor], used: set[str], config: TokenFlowConfig, file: str | os.PathLike[str]
+    weights: dict[str, Tensor], used: set[str], config: TokenFlowConfig, source: str
 ) -> dict[str, str]:
     """The tensors that the model does not need, with the reason.
 
@@ -325,7 +354,7 @@ def _ignored(
         if expected is not None:
             if tensor.numel() != 3 or not torch.allclose(tensor.flatten().float(), torch.tensor(expected)):
                 raise CheckpointError(
-                    f"{os.fspath(file)}: {key} is {tensor.flatten()[:3].tolist()}, "
+                    f"{source}: {key} is {tensor.flatten()[:3].tolist()}, "
                     f"but this layout scales pixels by {list(expected)}"
                 )
             ignored[key] = "constants that the configuration holds"
@@ -334,9 +363,7 @@ def _ignored(
         else:
             unexpected.append(key)
     if unexpected:
-        raise CheckpointError(
-            f"{os.fspath(file)} has {_count(unexpected)} beyond its layout: {_first(unexpected)}"
-        )
+        raise CheckpointError(f"{source} has {_count(unexpected)} beyond its layout: {_first(unexpected)}")
     return ignored
 
 
