@@ -61,6 +61,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def forward(self, h: Tensor, dropped: int | None = None) -> MultiScaleOutput:
         """Quantize `[B, D, g, g]`. `dropped` is the position of a scale to skip; None draws it in training."""
+        if self.training:
+            self.quantizer.forget_prepared()
         if self.training and dropped is None:
             dropped = self._draw_dropped()
         if self.quantizer.wants_initialization:

@@ -140,6 +140,14 @@ class SharedMappingQuantizer(nn.Module):
                 self._prepared = (key, prepare_codes(codes, self._bias(codes)))
         return self._prepared[1]
 
+    def forget_prepared(self) -> None:
+        """Make the next search look at the codebooks anew. Fused optimizers change them without raising their version."""
+        self._prepared = None
+
+    def train(self, mode: bool = True) -> SharedMappingQuantizer:
+        self.forget_prepared()
+        return super().train(mode)
+
     def _weigh(self, z: Tensor) -> Tensor:
         """Multiply each flow's part of `[..., D]` by the flow's weight."""
         if all(weight == 1.0 for weight in self.weights):
