@@ -185,18 +185,24 @@ def eval_compare(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RE
 
 
 def demo(
-    *, output: Output = Path("demo-output"), model: Model = "tokenflow-tiny", device: str = "auto"
+    images: Images = (),
+    /,
+    *,
+    output: Output = Path("demo-output"),
+    model: Model = "tokenflow-tiny",
+    device: str = "auto",
 ) -> None:
     """Show the tokenizer at work on a few photographs: an HTML page and a PNG.
 
     Args:
+        images: Your own photographs, or folders of them; a few come with the package.
         output: The folder for page and picture.
         model: A bundled name, a folder, or a hub name.
         device: auto, cpu, cuda, cuda:1 ...
     """
     from tokenflow.demo import run_demo
 
-    page, picture = run_demo(output, model=model, device=device)
+    page, picture = run_demo(output, images=images, model=model, device=device)
     print(f"page:    {page.resolve()}\npicture: {picture.resolve()}")
 
 

@@ -1,0 +1,98 @@
+"""The demo as one self-contained HTML page: pictures are embedded, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape
+from pathlib import Path
+from string import Template
+
+from PIL import Image
+
+from tokenflow.demo import SAMPLES, Demonstration, Shown
+from tokenflow.files import atomic_write
+
+TEMPLATE = Path(__file__).parent / "page.html"
+
+
+def write_page(found: Demonstration, path: Path) -> None:
+    """Fill the template with `found`. Raises UserError where `path` cannot be written."""
+    bits = math.ceil(math.log2(found.codebook_size))
+    token_bytes = math.ceil(found.token_count * bits / 8)
+    pixel_bytes = 3 * found.image_size**2
+    known = {sample.stem for sample in SAMPLES.glob("*.jpg")}
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        model=escape(found.model),
+        side=found.image_size,
+        tokens=found.token_count,
+        codes=f"{found.codebook_size:,}",
+        bits=bits,
+        token_bytes=f"{token_bytes:,}",
+        pixel_bytes=f"{pixel_bytes:,}",
+        ratio=round(pixel_bytes / token_bytes),
+        scales=len(found.scales),
+        grids=", ".join(f"{side} × {side}" for side in found.scales),
+        grid=found.scales[-1],
+        milliseconds=f"{1000 * found.seconds:,.0f}",
+        psnr=f"{sum(shown.psnr for shown in found.shown) / len(found.shown):.1f}",
+        classes=found.class_count,
+        semantic="" if found.class_count else "hidden",
+        cards="\n".join(_card(found, shown) for shown in found.shown),
+        credits="" if {shown.name for shown in found.shown} <= known else "hidden",
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _card(found: Demonstration, shown: Shown) -> str:
+    steps = []
+    for k, picture in enumerate(shown.stages):
+        side = found.scales[k]
+        count = sum(side * side for side in found.scales[: k + 1])
+        caption = f"+ {side} × {side}" if k else f"{side} × {side}"
+        steps.append(
+            f"<figure>{_token_grid(found, shown, k)}{_img(picture, f'{shown.name} from {count} tokens')}"
+            f"<figcaption>{caption}<br><b>{count}</b> token{'s' if count > 1 else ''}</figcaption></figure>"
+        )
+    classes = "".join(
+        f"<li><span>{escape(name)}</span><meter min='0' max='1' value='{max(cosine, 0):.3f}'></meter>"
+        f"<b>{cosine:.2f}</b></li>"
+        for name, cosine in shown.nearest
+    )
+    reads = (
+        f"<div class='reads'><h3>What the tokens say it is</h3><ol>{classes}</ol></div>" if classes else ""
+    )
+    title = escape(shown.name.replace("-", " ").replace("_", " "))
+    return f"""<article>
+<h2>{title}</h2>
+<div class="pair">
+<figure>{_img(shown.original, f"{title}, original")}<figcaption>the photograph</figcaption></figure>
+<figure>{_img(shown.stages[-1], f"{title}, rebuilt")}<figcaption>rebuilt from {found.token_count} tokens
+({shown.psnr:.1f} dB)</figcaption></figure>
+{reads}
+</div>
+<div class="steps">{"".join(steps)}</div>
+</article>"""
+
+
+def _token_grid(found: Demonstration, shown: Shown, scale: int) -> str:
+    """The tokens of one scale as coloured squares; the pointer over one shows its number."""
+    side = found.scales[scale]
+    squares = []
+    for place, token in enumerate(shown.tokens[scale]):
+        y, x = divmod(place, side)
+        colour = "#{:02x}{:02x}{:02x}".format(*found.colours[token].tolist())
+        squares.append(f"<path fill='{colour}' d='M{x} {y}h1v1h-1z'><title>{token}</title></path>")
+    return (
+        f"<svg viewBox='0 0 {side} {side}' role='img' aria-label='tokens of scale {side}'>"
+        f"{''.join(squares)}</svg>"
+    )
+
+
+def _img(picture: Image.Image, text: str) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{escape(text)}' src='data:image/png;base64,{data}'>"
