@@ -1,0 +1,63 @@
+"""The exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Moving average of a model's trainable parameters (buffers are not averaged, as in the released code).
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. Without a decay the
+    average is the weights themselves.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.parameters = (
+            {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
+        )
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if not self.averages:
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._copy(self.averages)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+    def full_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's whole state dict `weights` with the averages in place of the trained parameters."""
+        averages = {
+            name: (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
+            for name, t in self.averages.items()
+        }
+        return {**weights, **{name: t for name, t in averages.items() if name in weights}}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor], updates: int) -> None:
+        """Undo `full_state`."""
+        self.updates = updates
+        for name, average in self.averages.items():
+            average.copy_(state[name])

@@ -1,0 +1,494 @@
+"""The training loop of the tokenizer, top to bottom: build, resume, step, log, save.
+
+Notable: losses live in modules that data-parallel wrappers know; a step whose gradient is not finite is skipped on all
+processes alike; whatever influences the next step is in the checkpoint, so a killed run repeats the uninterrupted one bit by
+bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import re
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+from tokenflow.data.loader import ImageLoader
+from tokenflow.data.sources import Source
+from tokenflow.errors import UserError
+from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.training import checkpointing
+from tokenflow.training.averaging import WeightAverage
+from tokenflow.training.losses import TokenizerLoss
+from tokenflow.training.recipe import TrainRecipe
+from tokenflow.training.samples import SampleSheet
+from tokenflow.training.tokenizer import (
+    DiscriminatorStep,
+    GeneratorStep,
+    build_config,
+    build_losses,
+    build_model,
+    build_teacher,
+)
+
+logger = logging.getLogger(__name__)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Attributes:
+    step: optimizer steps done, earlier invocations included.
+    stopped_by: "steps", "max_minutes" or the name of a signal.
+    export: a `from_pretrained` folder of the averaged weights.
+    """
+
+    step: int
+    stopped_by: str
+    export: Path
+
+
+def train_tokenizer(recipe: TrainRecipe) -> TrainResult:
+    """Train a tokenizer, or go on with the run in `recipe.output_dir`.
+
+    Raises:
+        UserError: something in the recipe, the data or the checkpoint is wrong; too many bad steps in a row.
+    """
+    trainer = Trainer(recipe)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
+
+
+def lr_factor(step: int, recipe: TrainRecipe) -> float:
+    """The learning rate of optimizer step `step` (from 0) as a share of the full rate."""
+    o = recipe.optimizer
+    if step < o.warmup_steps:
+        return (step + 1) / (o.warmup_steps + 1)
+    if o.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - o.warmup_steps) / max(1, recipe.steps - o.warmup_steps))
+    return o.final_lr + (1 - o.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """One training run in one of its processes."""
+
+    def __init__(self, recipe: TrainRecipe):
+        self.recipe = recipe
+        self.folder = Path(recipe.output_dir)
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision,
+            log_with=list(recipe.trackers) or None,
+            project_dir=recipe.output_dir,
+            # Usage windows and EMA codebooks are the same on all processes already.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.device, world = accelerator.device, accelerator.num_processes
+        if recipe.data.batch_size % (world * recipe.data.accumulation):
+            raise UserError(
+                f"batch_size {recipe.data.batch_size} is not a multiple of {world} processes x "
+                f"{recipe.data.accumulation} accumulated parts"
+            )
+        random.seed(recipe.seed)
+        np.random.seed(recipe.seed)  # noqa: NPY002 (other libraries' global one)
+        torch.manual_seed(recipe.seed)  # the same weights everywhere
+
+        # 1. model, losses, optimizers
+        config = build_config(recipe.model)
+        teacher = build_teacher(recipe.model, config)
+        self.model = build_model(recipe.model, config, teacher)
+        losses = build_losses(recipe, config, teacher)
+        generator = GeneratorStep(self.model, losses, teacher)
+        if teacher is not None:
+            teacher.to(self.device)
+        losses.to(self.device)
+        if recipe.channels_last:
+            for network in pixel_networks(self.model):
+                network.to(memory_format=torch.channels_last)
+        o = recipe.optimizer
+        options: dict[str, Any] = {"betas": o.betas, "weight_decay": o.weight_decay, "fused": True}
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        generator.to(self.device)
+        self.generator, self.optimizer = accelerator.prepare(
+            generator, torch.optim.AdamW(trainable, lr=o.lr, **options)
+        )
+        self.discriminator = None
+        if losses.discriminator_network is not None:
+            step = DiscriminatorStep(losses)
+            rate = o.lr if o.discriminator_lr is None else o.discriminator_lr
+            self.discriminator, self.discriminator_optimizer = accelerator.prepare(
+                step, torch.optim.AdamW(step.parameters(), lr=rate, **options)
+            )
+        self.losses: TokenizerLoss = losses
+        if recipe.compile:
+            for network in pixel_networks(self.model):
+                network.compile()
+        self.average = WeightAverage(self.model, o.ema_decay)
+
+        # 2. data
+        micro_batch = recipe.data.batch_size // world // recipe.data.accumulation
+        self.loader = ImageLoader(
+            [parse_source(text) for text in recipe.data.sources],
+            self.model.config.image_size,
+            micro_batch,
+            seed=recipe.seed,
+            num_workers=recipe.data.num_workers,
+            rank=accelerator.process_index,
+            world_size=world,
+        )
+
+        # 3. progress; all of it is in a checkpoint
+        self.step = 0
+        self.seconds = 0.0  # of all invocations
+        self.skipped_steps = self.bad_in_a_row = 0
+        self.sums: dict[str, Tensor] = {}  # since the last log line, by name: sum and count
+        torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+    def run(self) -> TrainResult:
+        recipe = self.recipe
+        started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        main = self.accelerator.is_main_process
+        self.log_file = LogFile(self.folder / "log.jsonl", self.step) if main else None
+        if main:
+            checkpointing.save_json(asdict(recipe), self.folder / "recipe.json")
+            pictures = recipe.data.sample_sources or recipe.data.sources
+            self.sheet = SampleSheet.from_sources(
+                [parse_source(t) for t in pictures], self.model.config.image_size
+            )
+        self.accelerator.init_trackers("tensorboard" if "tensorboard" in recipe.trackers else "tokenflow")
+        bar = tqdm(
+            total=recipe.steps,
+            initial=self.step,
+            unit="step",
+            disable=not main,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        earlier, saved, last_log = self.seconds, self.step, time.monotonic()
+        stop = StopRequest(recipe.max_minutes, started)
+        with stop:
+            while self.step < recipe.steps and stop.reason is None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = recipe.optimizer.lr * lr_factor(self.step, recipe)
+                self.train_step()
+                self.seconds = earlier + time.monotonic() - started
+                bar.update()
+                if self.step % recipe.log_every == 0:
+                    now = time.monotonic()
+                    self.log(bar, now - last_log)
+                    last_log = now
+                if self.step % recipe.sample_every == 0:
+                    self.sample()
+                if self.step % recipe.checkpoint_every == 0:
+                    self.save()
+                    saved = self.step
+                stop.check(self.accelerator)
+            if saved != self.step or checkpointing.latest_checkpoint(self.checkpoints) is None:
+                self.save()
+        bar.close()
+        if main and self.step % recipe.sample_every:
+            self.sample()
+        self.accelerator.end_training()
+        return TrainResult(self.step, stop.reason or "steps", self.folder / "export")
+
+    def train_step(self) -> None:
+        """One optimizer step of the tokenizer, then one of the discriminator on the same reconstructions."""
+        recipe, parts = self.recipe, self.recipe.data.accumulation
+        pairs: list[tuple[Tensor, Tensor]] = []
+        logs: dict[str, Tensor] = {}
+        for part in range(parts):
+            images = next(self.loader)["pixel_values"].to(self.device, non_blocking=True)
+            with self.accelerator.no_sync(self.generator) if part + 1 < parts else nullcontext():
+                loss, values, reconstruction = self.generator(images, self.step)
+                self.accelerator.backward(loss / parts)
+            pairs.append((images, reconstruction.detach()))
+            add_to(logs, {"total": loss, **values}, 1 / parts)
+        norm = self.accelerator.clip_grad_norm_(
+            parameters_of(self.optimizer), recipe.optimizer.clip
+        )
+        finite = self.gate(self.optimizer, norm)
+        if finite:
+            self.average.update()
+        logs["gradient_norm"] = norm
+
+        if self.discriminator is not None and self.losses.adversarial_weight(self.step):
+            for part, (images, reconstruction) in enumerate(pairs):
+                with self.accelerator.no_sync(self.discriminator) if part + 1 < parts else nullcontext():
+                    loss, values = self.discriminator(images, reconstruction, self.step)
+                    self.accelerator.backward(loss / parts)
+                add_to(logs, values, 1 / parts)
+            parameters = parameters_of(self.discriminator_optimizer)
+            norm = self.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip)
+            finite = self.gate(self.discriminator_optimizer, norm) and finite
+        self.step += 1
+        self.count_bad(finite)
+        if finite:
+            for name, value in logs.items():
+                self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
+
+    def gate(self, optimizer: Any, norm: Tensor) -> bool:
+        """Step the optimizer if the gradient norm is finite. The norm is of averaged gradients, hence the same everywhere."""
+        finite = bool(norm.isfinite())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def count_bad(self, finite: bool) -> None:
+        if finite:
+            self.bad_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self.bad_in_a_row += 1
+        logger.warning("step %d: a gradient is not finite; its update is skipped", self.step)
+        if self.bad_in_a_row >= self.recipe.max_bad_steps:
+            raise UserError(
+                f"gradients were not finite for {self.bad_in_a_row} steps in a row, up to step {self.step}; "
+                "lower --optimizer.lr or set --mixed-precision no, and start again from the last checkpoint"
+            )
+
+    # -------------------------------------------------------------------------------------------------------- reports
+    def log(self, bar: tqdm, seconds: float) -> None:
+        """One line of log.jsonl, the trackers and the progress bar, with means since the last line."""
+        means = self.means()
+        if not self.accelerator.is_main_process:
+            return
+        quantizer = self.model.quantizer
+        size = self.model.config.codebook_size
+        values = {
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": self.recipe.log_every * self.recipe.data.batch_size / max(seconds, 1e-9),
+            "usage": quantizer.quantizer.usage.fraction(size),
+            **{
+                f"usage_scale/{side}": usage.fraction(size)
+                for side, usage in zip(quantizer.scales, quantizer.scale_usage, strict=True)
+            },
+            "skipped_steps": self.skipped_steps,
+            "skipped_images": sum(self.loader.skipped.values()),
+        }
+        record = {
+            "step": self.step,
+            "images": self.step * self.recipe.data.batch_size,
+            "hours": self.seconds / 3600,
+        }
+        self.log_file.write({**record, **values})
+        self.accelerator.log(values, step=self.step)
+        shown = {key: f"{values[key]:.3g}" for key in ("total", "reconstruction", "usage") if key in values}
+        bar.set_postfix({"img/s": f"{values['images_per_second']:.0f}", **shown}, refresh=False)
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps since the last call and over all processes."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums, counts = torch.stack([self.sums[name] for name in names]).unbind(1)
+        self.sums = {}
+        return dict(zip(names, self.accelerator.reduce(sums / counts, "mean").tolist(), strict=True))
+
+    def sample(self) -> None:
+        """A sheet of reconstructions by the averaged weights."""
+        with self.average.applied():
+            if self.accelerator.is_main_process:
+                psnr = self.sheet.write(
+                    self.model, self.folder / "samples" / f"step-{self.step:08d}.png", self.accelerator
+                )
+                self.log_file.write({"step": self.step, "sample_psnr": psnr})
+                self.accelerator.log({"sample_psnr": psnr}, step=self.step)
+        self.generator.train()
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def save(self) -> None:
+        """Write everything that the next step depends on, and the model to use."""
+        own = {
+            "random": checkpointing.random_state(),
+            "loader": self.loader.state_dict(),
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+        }
+        processes = gather_object([own])
+        weights = get_model_state_dict(self.model, options=FULL)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
+        averaged = self.average.full_state(weights)
+        if self.accelerator.is_main_process:
+            with checkpointing.atomic_folder(
+                checkpointing.step_folder(self.checkpoints, self.step)
+            ) as folder:
+                checkpointing.save_tensors(weights, folder / "model.safetensors")
+                checkpointing.save_tensors(
+                    checkpointing.transient_buffers(self.model), folder / "buffers.safetensors"
+                )
+                torch.save(optimizer, folder / "optimizer.pt")
+                if self.discriminator is not None:
+                    network = self.losses.discriminator_network
+                    checkpointing.save_tensors(network.state_dict(), folder / "discriminator.safetensors")
+                    torch.save(
+                        self.discriminator_optimizer.optimizer.state_dict(),
+                        folder / "discriminator_optimizer.pt",
+                    )
+                torch.save(processes, folder / "processes.pt")
+                checkpointing.save_export(self.model, averaged, folder / "export")
+                progress = {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "skipped_steps": self.skipped_steps,
+                    "bad_in_a_row": self.bad_in_a_row,
+                    "average_updates": self.average.updates,
+                    "processes": self.accelerator.num_processes,
+                }
+                checkpointing.save_json(progress, folder / "progress.json")
+            newest = checkpointing.step_folder(self.checkpoints, self.step)
+            checkpointing.point_to(self.folder / "export", newest / "export")
+            checkpointing.rotate(self.checkpoints, self.recipe.keep)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint in the output folder, if there is one."""
+        folder = checkpointing.latest_checkpoint(self.checkpoints)
+        if folder is None:
+            return
+        progress = checkpointing.load_json(folder / "progress.json")
+        if progress["processes"] != self.accelerator.num_processes:
+            raise UserError(
+                f"{folder} was written by {progress['processes']} processes, not {self.accelerator.num_processes}; start as "
+                f"many, or a new run with --model.init-from {folder / 'export'}"
+            )
+        try:
+            set_model_state_dict(self.model, load_file(folder / "model.safetensors"), options=FULL)
+        except RuntimeError as error:
+            raise UserError(
+                f"{folder} holds another model than this recipe's; give another --output-dir ({str(error).splitlines()[-1].strip()})"
+            ) from error
+        checkpointing.load_buffers(self.model, folder / "buffers.safetensors")
+        set_optimizer_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            checkpointing.load_torch(folder / "optimizer.pt"),
+            options=FULL,
+        )
+        if self.discriminator is not None:
+            if not (folder / "discriminator.safetensors").exists():
+                raise UserError(
+                    f"{folder} has no discriminator; --loss.discriminator must stay none in this run"
+                )
+            self.losses.discriminator_network.load_state_dict(load_file(folder / "discriminator.safetensors"))
+            self.discriminator_optimizer.optimizer.load_state_dict(
+                checkpointing.load_torch(folder / "discriminator_optimizer.pt")
+            )
+        self.average.load(load_file(folder / "export" / "model.safetensors"), progress["average_updates"])
+        own = checkpointing.load_torch(folder / "processes.pt")[self.accelerator.process_index]
+        self.loader.load_state_dict(own["loader"])
+        checkpointing.set_random_state(own["random"])
+        self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.skipped_steps, self.bad_in_a_row = progress["skipped_steps"], progress["bad_in_a_row"]
+        logger.info("going on from %s", folder)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def pixel_networks(model: TokenFlowModel) -> list[torch.nn.Module]:
+    """The convolutional encoders and the pixel decoder's network."""
+    encoders = [model.encoders[flow.name].network for flow in model.config.flow_specs if flow.kind == "pixel"]
+    return encoders if model.pixel_decoder is None else [*encoders, model.pixel_decoder.network]
+
+
+def add_to(sums: dict[str, Tensor], values: dict[str, Tensor], weight: float = 1.0) -> None:
+    for name, value in values.items():
+        value = torch.as_tensor(value).detach().float() * weight
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def parse_source(text: str) -> Source:
+    """ "PATH", "PATH@WEIGHT", "PATH[column=value]" or "PATH[column=value]@WEIGHT" as a source."""
+    match = re.fullmatch(r"(.+)\[(\w+=[^\]]+)\](@[\d.]+)?", text)
+    if match is None:
+        return Source.parse(text)
+    return Source.parse(match[1] + (match[3] or ""), only=match[2])
+
+
+class LogFile:
+    """log.jsonl: a line for each log step. Lines of a killed run beyond its last checkpoint are dropped on resume."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:  # the half line of a kill
+                    break
+        path.write_text("".join(kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM and the time limit end the run after the step at hand, with a checkpoint; a second Ctrl-C at once."""
+
+    def __init__(self, max_minutes: float | None, started: float):
+        self.deadline = math.inf if max_minutes is None else started + 60 * max_minutes
+        self.signal: str | None = None
+        self.reason: str | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def check(self, accelerator: Accelerator) -> None:
+        """Set `reason` if any process wants to stop; the same on all processes."""
+        mine = self.signal or ("max_minutes" if time.monotonic() > self.deadline else None)
+        if accelerator.num_processes > 1:
+            mine = next((reason for reason in gather_object([mine]) if reason), None)
+        self.reason = mine

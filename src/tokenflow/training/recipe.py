@@ -1,0 +1,111 @@
+"""What a training run of the tokenizer is made of, as plain values.
+
+A recipe is a tree of frozen dataclasses. It holds no model object, so that `tokenflow train tokenizer RECIPE --help` loads
+neither torch nor transformers, and every leaf is an option of the command line (`--optimizer.lr 3e-4`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenflow.training.loss_config import LossConfig
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which tokenizer to build, and from which weights."""
+
+    preset: str = "tokenflow-tiny"
+    """a preset of TokenFlowConfig, or a folder with a config.json of your own"""
+    codebook_size: int | None = None
+    """K, if not the preset's"""
+    scales: tuple[int, ...] | None = None
+    """grid sides, if not the preset's; one entry is plain single-scale quantization"""
+    flows: tuple[str, ...] | None = None
+    """keep only these flows of the preset"""
+    decoder_flows: tuple[str, ...] | None = None
+    """flows that the pixel decoder reads, if not the preset's"""
+    scale_drop: float | None = None
+    """probability that a step skips one scale, if not the preset's"""
+    entropy_weight: float | None = None
+    codebook_init: Literal["uniform", "kmeans"] | None = None
+    codebook_update: Literal["gradient", "ema"] | None = None
+
+    teacher: str | None = None
+    """transformers folder or hub name of the frozen teacher; needed where the semantic loss has a weight"""
+    semantic_init: bool = True
+    """start the semantic encoder from the teacher's weights (row 4 of Tab. 5)"""
+    init_from: str | None = None
+    """start from these weights: a model folder, a bundled name or a hub name"""
+    init_except: tuple[str, ...] = ()
+    """prefixes of parameters that `init_from` need not give: they start fresh"""
+    trainable: Literal["all", "decoder"] = "all"
+    """"decoder" trains the pixel decoder's network alone; codes and indices stay as they are"""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where images come from. Sides come from the model's configuration."""
+
+    sources: tuple[str, ...] = ()
+    """folders, parquet or tar files, hub names; PATH@WEIGHT mixes by weight (default 1)"""
+    sample_sources: tuple[str, ...] = ()
+    """where the pictures of the sample sheets come from; empty: from `sources`"""
+    batch_size: int = 256
+    """images of one optimizer step, over all processes and accumulated parts"""
+    accumulation: int = 1
+    """parts that a process splits its share of a batch into, to save memory"""
+    num_workers: int = 1
+    """processes that decode images, for each training process; 0 decodes in the training process"""
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """Tab. 11 and the released code: Adam, constant rate, no weight decay."""
+
+    lr: float = 1e-4
+    discriminator_lr: float | None = None
+    """None: as `lr`"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """largest gradient norm, of the tokenizer and of the discriminator each"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_lr: float = 0.0
+    """where the cosine ends, as a share of `lr`"""
+    ema_decay: float = 0.9999
+    """of the exported weights; the decay rises to this value over the first steps. 0: no average"""
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """A training run of the tokenizer."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    output_dir: str = "runs/tokenizer"
+    """checkpoints, logs, samples and the exported model; a run that finds checkpoints here goes on from the newest"""
+    steps: int = 100_000
+    max_minutes: float | None = None
+    """stop this invocation, with a checkpoint, after so many minutes; start it again to go on"""
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """encoders and decoders under autocast; quantizer, losses and weights are float32 in any case"""
+    channels_last: bool = False
+    """memory format of the pixel networks: faster for full-resolution ones, slower with a pixel-unshuffle stem"""
+    compile: bool = False
+    """torch.compile the pixel networks"""
+    checkpoint_every: int = 1000
+    keep: int = 2
+    """newest checkpoints to keep"""
+    log_every: int = 50
+    sample_every: int = 1000
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """accelerate's trackers; log.jsonl is written in any case"""
+    max_bad_steps: int = 20
+    """give up after so many steps in a row with a gradient that is not finite"""

@@ -1,0 +1,225 @@
+"""What the tokenizer's training is made of: the model from a recipe, and the two modules whose forward gives losses.
+
+Model and losses are wrapped in one module each for the generator's and the discriminator's step, so that the hooks of
+data-parallel wrappers fire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenflow.errors import UserError
+from tokenflow.tokenizer.configuration import PRESETS, SemanticFlow, TokenFlowConfig
+from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.semantic import SemanticTeacher, load_tower
+from tokenflow.training.losses import TokenizerLoss, build_tokenizer_loss
+from tokenflow.training.recipe import ModelRecipe, TrainRecipe
+
+
+# --------------------------------------------------------------------------------------------------- from the recipe
+def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
+    """The tokenizer's configuration: the recipe's preset (or a folder's config.json) with the recipe's changes.
+
+    Raises:
+        UserError: unknown preset or folder; a flow that the preset does not have.
+    """
+    known = recipe.preset in PRESETS or not Path(recipe.preset).is_dir()
+    config = (
+        TokenFlowConfig.from_preset(recipe.preset)
+        if known
+        else TokenFlowConfig.from_pretrained(recipe.preset)
+    )
+    values = config.to_dict()
+    flows = {flow["name"]: flow for flow in config.flows}
+    for name in (*(recipe.flows or ()), *(recipe.decoder_flows or ())):
+        if name not in flows:
+            raise UserError(f"{recipe.preset} has no flow {name!r}; its flows are {', '.join(flows)}")
+    if recipe.flows is not None:
+        values["flows"] = [flows[name] for name in recipe.flows]
+    if recipe.decoder_flows is not None:
+        values["pixel_decoder"] = {**config.pixel_decoder, "flows": recipe.decoder_flows}
+    for key in (
+        "codebook_size",
+        "scales",
+        "scale_drop",
+        "entropy_weight",
+        "codebook_init",
+        "codebook_update",
+    ):
+        if getattr(recipe, key) is not None:
+            values[key] = getattr(recipe, key)
+    return TokenFlowConfig(
+        **{key: values[key] for key in values if key not in ("model_type", "transformers_version")}
+    )
+
+
+def build_teacher(recipe: ModelRecipe, config: TokenFlowConfig) -> SemanticTeacher | None:
+    """The frozen teacher of the flow "semantic"; None without such a flow or without a teacher in the recipe."""
+    flow = next((flow for flow in config.flow_specs if flow.name == "semantic"), None)
+    if not isinstance(flow, SemanticFlow) or not recipe.teacher:
+        return None
+    if not Path(recipe.teacher).exists() and recipe.teacher.startswith((".", "/", "~")):
+        raise UserError(f"no teacher at {recipe.teacher}; give a transformers folder with --model.teacher")
+    teacher = SemanticTeacher.from_pretrained(recipe.teacher, flow.hidden_state, flow.final_norm)
+    width = teacher.tower.width if teacher.projection is None else teacher.projection.out_features
+    if width != flow.target_dim:
+        raise UserError(
+            f"the teacher {recipe.teacher} gives {width} channels; the semantic decoder gives {flow.target_dim} (target_dim)"
+        )
+    return teacher
+
+
+def build_model(
+    recipe: ModelRecipe, config: TokenFlowConfig, teacher: SemanticTeacher | None
+) -> TokenFlowModel:
+    """The tokenizer with fresh, the teacher's or a given model's weights, and only the trainable parameters requiring
+    gradients."""
+    model = TokenFlowModel(config)
+    if recipe.init_from is not None:
+        load_initial_weights(model, recipe.init_from, recipe.init_except)
+    elif recipe.semantic_init and teacher is not None:
+        load_tower(model.encoders["semantic"].tower, teacher.tower.model.state_dict())
+    set_trainable(model, recipe.trainable)
+    return model
+
+
+def build_losses(
+    recipe: TrainRecipe, config: TokenFlowConfig, teacher: SemanticTeacher | None
+) -> TokenizerLoss:
+    """The recipe's losses; a discriminator that would never count is not built.
+
+    Raises:
+        UserError: the semantic loss has a weight but no teacher is given.
+    """
+    loss = recipe.loss
+    if not loss.discriminator_weight or loss.discriminator_start >= recipe.steps:
+        loss = replace(loss, discriminator="none", adaptive_weight=False)
+    semantic = any(flow.kind == "semantic" for flow in config.flow_specs)
+    if semantic and loss.semantic_weight and teacher is None and recipe.model.trainable == "all":
+        raise UserError(
+            "the semantic loss needs a teacher: give --model.teacher FOLDER or set --loss.semantic-weight 0"
+        )
+    return build_tokenizer_loss(loss, config.image_size, teacher)
+
+
+def load_initial_weights(model: TokenFlowModel, name_or_path: str, exceptions: tuple[str, ...] = ()) -> None:
+    """Copy another tokenizer's weights into `model`.
+
+    Args:
+        name_or_path: a model folder, or a bundled or hub name.
+        exceptions: prefixes of names that may be missing or of another shape there; they keep their fresh values.
+
+    Raises:
+        UserError: any other name is missing, left over or of another shape.
+    """
+    source = TokenFlowModel.from_pretrained(name_or_path).state_dict()
+    wanted = model.state_dict()
+
+    def excepted(name: str) -> bool:
+        return name.startswith(tuple(exceptions)) if exceptions else False
+
+    different = sorted(
+        name
+        for name in {*source, *wanted}
+        if not excepted(name)
+        and (name not in source or name not in wanted or source[name].shape != wanted[name].shape)
+    )
+    if different:
+        raise UserError(
+            f"{name_or_path} differs from this model in {len(different)} weights, such as {different[0]}; "
+            "name what may start fresh with --model.init-except PREFIX"
+        )
+    model.load_state_dict({name: source[name] for name in source if not excepted(name)}, strict=False)
+
+
+def set_trainable(model: TokenFlowModel, part: str) -> None:
+    """Let gradients reach all of the model, or only the pixel decoder's network (Sec. B.1: enhanced decoder)."""
+    if part == "decoder":
+        if model.pixel_decoder is None:
+            raise UserError('trainable="decoder" needs a model with a pixel decoder')
+        model.requires_grad_(False)
+        model.pixel_decoder.network.requires_grad_(True)
+        return
+    for encoder in model.encoders.values():
+        tower = getattr(encoder, "tower", None)
+        if tower is not None and not tower.final_norm:  # never read, so it would never get a gradient
+            for name, parameter in tower.model.named_parameters():
+                if "post_layernorm" in name:
+                    parameter.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------- the two steps
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 `[B, 3, H, W]` to float32 in [-1, 1], as the image processor does: (x / 255 - 0.5) / 0.5."""
+    return images.float() / 127.5 - 1.0
+
+
+class GeneratorStep(nn.Module):
+    """The tokenizer and the losses that train it."""
+
+    def __init__(self, model: TokenFlowModel, losses: TokenizerLoss, teacher: SemanticTeacher | None):
+        super().__init__()
+        self.model = model
+        # Not submodules: they are not trained here, so no wrapper may shard, average or save them with the model.
+        self.frozen = (losses, teacher)
+        self.decoder_only = not any(p.requires_grad for p in model.encoders.parameters())
+        self.train()
+
+    def train(self, mode: bool = True) -> GeneratorStep:
+        super().train(mode)
+        if mode and self.decoder_only:  # codes as at inference: no scale drop, no usage windows, no autocast
+            self.model.eval()
+        return self
+
+    def forward(self, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Losses of a batch.
+
+        Args:
+            images: uint8 `[B, 3, H, W]`.
+            step: optimizer steps done so far; the adversarial loss starts at one of them.
+
+        Returns:
+            the total loss, its parts for the log, the reconstructions `[B, 3, H, W]` float32.
+        """
+        losses, teacher = self.frozen
+        pixels = to_model_range(images)
+        if self.decoder_only:
+            with torch.no_grad():
+                quantized = self.model.encode(pixels).quantized
+            reconstruction = self.model.decode_pixels(quantized).float()
+            total, parts = losses.generator(pixels, reconstruction, step=step, last_layer=self.last_layer)
+            return total, parts, reconstruction
+        encoded = self.model.encode(pixels)
+        decoded = self.model.decode(encoded.quantized)
+        reconstruction = decoded.pixel_values.float()
+        total, parts = losses.generator(
+            pixels,
+            reconstruction,
+            step=step,
+            semantic=None if teacher is None else decoded.semantic.float(),
+            target=None if teacher is None else teacher(pixels).float(),
+            quantizer=encoded.losses,
+            last_layer=self.last_layer,
+        )
+        return total, parts, reconstruction
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.model.pixel_decoder.network.last_layer
+
+
+class DiscriminatorStep(nn.Module):
+    """The discriminator and its loss."""
+
+    def __init__(self, losses: TokenizerLoss):
+        super().__init__()
+        self.discriminator = losses.discriminator_network
+        self.frozen = (losses,)
+
+    def forward(self, images: Tensor, reconstruction: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss on real images (uint8) and detached reconstructions, and its parts for the log."""
+        return self.frozen[0].discriminator(to_model_range(images), reconstruction.detach(), step=step)
