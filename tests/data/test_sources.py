@@ -221,7 +221,7 @@ def test_hub_failure_is_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    refused(Source("someone/photos"), "someone/photos", "Couldn't reach the hub")
+    refused(Source("someone/photos"), "someone/photos", "no such path here", "Couldn't reach the hub")
 
 
 def test_hub_arguments(monkeypatch, packs, tmp_path):

@@ -95,7 +95,9 @@ def open_source(source: Source) -> OpenSource:
     try:
         dataset = datasets.load_dataset(**arguments, streaming=source.streaming)
     except Exception as error:  # `datasets` wraps whatever happened below it in exceptions of many kinds
-        raise UserError(f"cannot open {source}: {_root_cause(error)}") from error
+        local = "data_files" in arguments
+        hint = "" if local else "there is no such path here, and as a name on the hub: "
+        raise UserError(f"cannot open {source}: {hint}{_root_cause(error)}") from error
     if dataset.features is None:
         raise UserError(
             f"cannot open {source}: its columns are not known before reading; use streaming=False"
