@@ -287,7 +287,7 @@ def _xl(enhanced: bool = False) -> dict[str, Any]:
 
 
 def _tiny() -> dict[str, Any]:
-    """The bundled model: 128 px, 155 tokens, a 6-layer ViT of width 256, pixel networks on 4 x 4 pixel-unshuffled images."""
+    """The bundled model: 128 px, 155 tokens, a 6-layer ViT of width 256, pixel networks on pixel-unshuffled images."""
     encoder = {
         "model_type": "clip_vision_model",
         "hidden_size": 256,
@@ -299,15 +299,14 @@ def _tiny() -> dict[str, Any]:
         "patch_size": 16,
         "hidden_act": "quick_gelu",
     }
-    conv = {"width": 64, "multipliers": (1, 2, 5), "latent_channels": 128, "patch": 4}
     return {
         "image_size": 128,
         "scales": SCALES_TINY,
         "flows": [
             SemanticFlow(encoder=encoder, decoder_heads=4, target_dim=384),
-            PixelFlow(encoder=ConvSpec(blocks=2, **conv)),
+            PixelFlow(encoder=ConvSpec(width=96, multipliers=(1, 2), latent_channels=64, patch=8)),
         ],
-        "pixel_decoder": PixelDecoderSpec(blocks=2, **conv),
+        "pixel_decoder": PixelDecoderSpec(width=64, multipliers=(1, 2, 4), blocks=2, latent_channels=64, patch=4),
         "codebook_size": 8192,
     }
 
