@@ -24,6 +24,8 @@ from tokenflow import __version__
 from tokenflow.errors import UserError
 from tokenflow.evaluation.options import ReconstructionEval, SemanticsEval
 from tokenflow.names import unknown_name
+from tokenflow.recipes import RECIPES
+from tokenflow.recipes.teacher import tokenflow_tiny_teacher
 
 Dtype = Literal["float32", "bfloat16"]
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -184,6 +186,31 @@ def eval_compare(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RE
     Console(soft_wrap=True).print(compare([read(path) for path in results]))
 
 
+def _training(make: Callable[[], Any], start: Callable[[Any], None]) -> Callable[..., None]:
+    """A command that trains by the recipe of `make`, with every value of it as an option."""
+    recipe = make()
+
+    def train(recipe: Any = recipe) -> None:
+        start(recipe)
+
+    train.__doc__ = (make.func if isinstance(make, functools.partial) else make).__doc__
+    train.__annotations__["recipe"] = Annotated[type(recipe), arg(name="")]
+    return train
+
+
+def _train_tokenizer(recipe: Any) -> None:
+    from tokenflow.training.loop import train_tokenizer
+
+    done = train_tokenizer(recipe)
+    print(f"step {done.step} (stopped by {done.stopped_by}); the model: {done.export}")
+
+
+def _train_teacher(recipe: Any) -> None:
+    from tokenflow.training.teacher import train_teacher
+
+    train_teacher(recipe)
+
+
 def demo(
     images: Images = (),
     /,
@@ -206,13 +233,18 @@ def demo(
     print(f"page:    {page.resolve()}\npicture: {picture.resolve()}")
 
 
-COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
+# A command, or a dict of commands by the next word.
+COMMANDS: dict[str, Any] = {
     "demo": demo,
     "encode": encode,
     "decode": decode,
     "reconstruct": reconstruct,
     "info": info,
     "convert": convert,
+    "train": {
+        "tokenizer": {name: _training(make, _train_tokenizer) for name, make in RECIPES.items()},
+        "teacher": {"tokenflow-tiny-teacher": _training(tokenflow_tiny_teacher, _train_teacher)},
+    },
     "eval": {"reconstruction": eval_reconstruction, "semantics": eval_semantics, "compare": eval_compare},
 }
 
@@ -227,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tokenflow: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `tokenflow ... | head`: nobody reads on, and that is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # out of a library that writes for itself, such as a tracker
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -250,10 +285,15 @@ def _dispatch(arguments: list[str]) -> None:
             print(f"tokenflow {__version__}")
             return
         if name not in commands:
-            raise unknown_name("option" if name.startswith("-") else "command", name, commands)
+            what = "option" if name.startswith("-") else _next_word(words)
+            raise unknown_name(what, name, commands)
         commands = commands[name]
         words.append(name)
     _parse(commands, " ".join(words), arguments)()
+
+
+def _next_word(words: Sequence[str]) -> str:
+    return "recipe" if words[1:2] == ["train"] and len(words) == 3 else "command"
 
 
 def _parse(command: Callable[..., Any], program: str, arguments: Sequence[str]) -> Callable[[], Any]:
@@ -276,20 +316,25 @@ def _parse(command: Callable[..., Any], program: str, arguments: Sequence[str]) 
 
 
 def _overview(words: list[str], commands: dict[str, Any]) -> None:
-    rows = []
-    for name, command in commands.items():
-        if isinstance(command, dict):
-            rows += [[f"{name} {sub}", _summary(inner)] for sub, inner in command.items()]
-        else:
-            rows.append([name, _summary(command)])
-    print(f"usage: {' '.join(words)} COMMAND ...\n")
+    word = _next_word(words).upper()
+    print(f"usage: {' '.join(words)} {word} ...\n")
     if len(words) == 1:
         print("TokenFlow: images to tokens and back; one tokenizer for understanding and generation.\n")
+    rows = []
+    for name, command in commands.items():
+        if isinstance(command, dict) and len(words) == 1:
+            rows += [[f"{name} {sub}", _summary(name, inner)] for sub, inner in command.items()]
+        else:
+            rows.append([name, _summary(words[-1], command)])
     _print_table([], rows)
-    print(f"\n{' '.join(words)} COMMAND --help says more.")
+    print(f"\n{' '.join(words)} {word} --help says more.")
 
 
-def _summary(command: Callable[..., Any]) -> str:
+def _summary(group: str, command: Callable[..., Any] | dict[str, Any]) -> str:
+    if isinstance(command, dict):
+        return (
+            f"{group.capitalize()} by a recipe: {', '.join(list(command)[:3])}{' ...' * (len(command) > 3)}"
+        )
     return (command.__doc__ or "").strip().splitlines()[0]
 
 

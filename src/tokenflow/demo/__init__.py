@@ -112,7 +112,7 @@ def demonstrate(paths: Sequence[Path], loaded: Loaded, best: int = 5) -> Demonst
         decoded = model.decode_indices(indices)
         seconds.append(time.perf_counter() - started)
         prefixes = [model.quantized_from_indices(indices, k) for k in range(1, len(config.scales))]
-        stages = [*(model.decode_pixels(prefix) for prefix in prefixes), decoded.pixel_values]
+        stages = [model.decode_pixels(prefix) for prefix in prefixes] + [cast(Tensor, decoded.pixel_values)]
         nearest = []
         if names and decoded.semantic is not None:
             feature = F.normalize(decoded.semantic.float().mean(1), dim=-1)

@@ -33,7 +33,7 @@ def write_page(found: Demonstration, path: Path) -> None:
         pixel_bytes=f"{pixel_bytes:,}",
         ratio=round(pixel_bytes / token_bytes),
         scales=len(found.scales),
-        grids=", ".join(f"{side} × {side}" for side in found.scales),
+        grids=", ".join(f"{side} &times; {side}" for side in found.scales),
         grid=found.scales[-1],
         milliseconds=f"{1000 * found.seconds:,.0f}",
         psnr=f"{sum(shown.psnr for shown in found.shown) / len(found.shown):.1f}",
@@ -51,7 +51,7 @@ def _card(found: Demonstration, shown: Shown) -> str:
     for k, picture in enumerate(shown.stages):
         side = found.scales[k]
         count = sum(side * side for side in found.scales[: k + 1])
-        caption = f"+ {side} × {side}" if k else f"{side} × {side}"
+        caption = f"{'+ ' if k else ''}{side} &times; {side}"
         steps.append(
             f"<figure>{_token_grid(found, shown, k)}{_img(picture, f'{shown.name} from {count} tokens')}"
             f"<figcaption>{caption}<br><b>{count}</b> token{'s' if count > 1 else ''}</figcaption></figure>"
