@@ -281,6 +281,14 @@ def test_evaluation_of_a_stream(paths):
     assert len(images.skipped) == 2
 
 
+def test_evaluation_of_a_shard_that_breaks_off(packs, tmp_path):
+    path = packs.tar(tmp_path / "a.tar", range(40))
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    with pytest.raises(UserError, match=r"cannot read on in .*a\.tar"):
+        list(iterate_eval(Source(path, streaming=True), 16))
+
+
 def test_evaluation_of_the_first_rows(paths):
     assert len(list(iterate_eval(Source(paths["clean"]), 16, limit=3))) == 3
     assert len(list(iterate_eval(Source(paths["clean"]), 16, limit=1000))) == 23

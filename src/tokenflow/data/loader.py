@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tokenflow.data.crops import center_crop, random_crop, random_flip
 from tokenflow.data.images import ImageError, read_image
 from tokenflow.data.mixing import Mixture, Ticket
-from tokenflow.data.sources import OpenSource, Source, encoded_image, open_source
+from tokenflow.data.sources import OpenSource, Source, encoded_image, open_source, stream_rows
 from tokenflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,8 @@ class EvalImages:
         dataset = self.opened.dataset
         tickets: Iterator[Ticket]
         if self.opened.source.streaming:
-            tickets = (Ticket(row, 0, row, values) for row, values in enumerate(dataset))
+            stream = stream_rows(self.opened.source, dataset)
+            tickets = (Ticket(row, 0, row, values) for row, values in enumerate(stream))
         else:
             tickets = (Ticket(row, 0, row, None) for row in range(len(dataset)))
         tickets = islice(tickets, self.limit)

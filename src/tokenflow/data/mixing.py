@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenflow.data.sources import OpenSource
+from tokenflow.data.sources import OpenSource, stream_rows
 from tokenflow.errors import UserError
 
 _BLOCK = 1024  # source choices are drawn in blocks of this many
@@ -186,12 +186,9 @@ class _StreamCursor:
             dataset = self._dataset.shard(self._groups, int(shards[shard]))
             if run["stream"] is not None:
                 dataset.load_state_dict(run["stream"])
-            self._shard = (dataset, iter(dataset))
+            self._shard = (dataset, stream_rows(self._source, dataset))
         dataset, stream = self._shard
-        try:
-            values = list(islice(stream, self._buffer))
-        except Exception as error:  # a truncated tar, a damaged parquet page, a lost connection ...
-            raise UserError(f"cannot read on in {self._source}: {error}") from error
+        values = list(islice(stream, self._buffer))
         rows = list(enumerate(values, start=run["row"]))
         if not self._by_shard:
             rows = [(row, value) for row, value in rows if row % self._world_size == self._rank]

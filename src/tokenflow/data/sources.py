@@ -7,6 +7,7 @@ The image column is left encoded, since one broken image would end the iteration
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -108,6 +109,14 @@ def open_source(source: Source) -> OpenSource:
     if source.only is not None:
         dataset = _filtered(source, dataset)
     return OpenSource(source, dataset, column)
+
+
+def stream_rows(source: Source, dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a streaming data set; a shard that breaks off is a UserError that names the source."""
+    try:
+        yield from dataset
+    except Exception as error:  # a truncated tar, a damaged parquet page, a lost connection ...
+        raise UserError(f"cannot read on in {source}: {_root_cause(error)}") from error
 
 
 def encoded_image(value: Any, name: str) -> Any:
