@@ -1,0 +1,119 @@
+"""The demo page is self-contained and true to the model; the sheet has a row a photograph."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tokenflow import UserError
+from tokenflow.codec import image_paths, load
+from tokenflow.demo import SAMPLES, code_colours, demonstrate, run_demo
+
+
+@pytest.fixture(scope="module")
+def model_with_classes(tmp_path_factory):
+    import json
+
+    from conftest import save_small_model
+
+    folder = save_small_model(tmp_path_factory.mktemp("demo") / "model", seed=3)
+    embeddings = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))
+    names = [f"class <{i}> & co" for i in range(7)]
+    file = folder / "class_embeddings.safetensors"
+    save_file({"embeddings": embeddings}, file, {"names": json.dumps(names)})
+    return folder
+
+
+class Links(HTMLParser):
+    """Collects what a page refers to, and checks that tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "srcset", "data", "poster")]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:  # <p> and <li> may stay open
+            while self.open.pop() != tag:
+                pass
+
+
+def test_the_page_shows_every_sample_and_needs_nothing_else(model_with_classes, tmp_path):
+    page, sheet = run_demo(tmp_path / "out", model=str(model_with_classes))
+    text = page.read_text(encoding="utf-8")
+    samples = sorted(SAMPLES.glob("*.jpg"))
+    assert len(samples) == 6
+    links = Links()
+    links.feed(text)
+    assert links.open == []
+    assert len(links.sources) == len(samples) * (2 + 3)  # original and result, and a picture a scale
+    for source in links.sources:
+        assert source.startswith("data:image/png;base64,")
+        assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (32, 32)
+    assert not re.search(r"<script|<link|@import|url\(", text)
+    assert "$" not in text
+    assert text.count("<path") == len(samples) * 21
+    assert "class &lt;" in text
+    assert "class <" not in text
+    rows = (Image.open(sheet).height - 64) // (128 + 26)
+    assert rows == len(samples)
+    assert sorted(p.name for p in page.parent.iterdir()) == ["demo.png", "index.html"]
+
+
+def test_what_is_shown_is_what_the_model_says(model_with_classes):
+    loaded = load(str(model_with_classes))
+    found = demonstrate(image_paths([SAMPLES / "cat.jpg"]), loaded)
+    (cat,) = found.shown
+    assert [len(tokens) for tokens in cat.tokens] == [1, 4, 16]
+    indices = torch.tensor([sum(cat.tokens, [])])
+    with torch.inference_mode():
+        for k, stage in enumerate(cat.stages, 1):
+            decoded = loaded.model.decode_indices(indices, num_scales=k)
+            (expected,) = loaded.processor.postprocess(decoded.pixel_values)
+            np.testing.assert_array_equal(np.asarray(stage), np.asarray(expected))
+    names, cosines = zip(*cat.nearest, strict=True)
+    assert len(set(names)) == 5
+    assert list(cosines) == sorted(cosines, reverse=True)
+    assert -1 <= cosines[-1] <= cosines[0] <= 1
+
+
+def test_own_pictures_and_models_without_classes_work(small_model_folder, tmp_path):
+    Image.new("RGB", (20, 30), "teal").save(tmp_path / "my own.png")
+    page, _ = run_demo(tmp_path, images=[tmp_path / "my own.png"], model=str(small_model_folder))
+    text = page.read_text(encoding="utf-8")
+    assert "my own" in text
+    assert "What the tokens say it is</h3>" not in text
+    assert re.search(r'class="credits" hidden', text)  # the photographers of the samples are not to blame
+    with pytest.raises(UserError, match="cannot write"):
+        run_demo(tmp_path / "my own.png", model=str(small_model_folder))
+
+
+def test_like_codes_get_like_colours():
+    codes = torch.nn.functional.normalize(
+        torch.randn(512, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    near = codes + 0.01 * torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
+    colours = code_colours(torch.cat([codes, near])).double()
+    like = (colours[:512] - colours[512:]).abs().mean()
+    unlike = (colours[:512] - colours[512:].roll(1, 0)).abs().mean()
+    assert colours.shape == (1024, 3)
+    assert like < unlike / 10
+
+
+def test_every_sample_states_its_licence():
+    text = (SAMPLES / "LICENCES.md").read_text(encoding="utf-8")
+    for sample in SAMPLES.glob("*.jpg"):
+        assert re.search(rf"`{sample.name}`.*(CC0|CC BY|public domain)", text)
