@@ -1,6 +1,6 @@
 """Discriminators of the adversarial loss, with the parameter names of the released training checkpoints.
 
-* `PatchGANDiscriminator` (the default): a map of logits, one per overlapping 70-pixel patch (Isola et al. 2017).
+* `PatchGANDiscriminator` (the default): a map of logits, one per 70-pixel patch (Isola et al. 2017).
 * `StyleGANDiscriminator`: one logit an image, residual blocks with blurred downsampling (Karras et al. 2020);
   square images with a power-of-two side only.
 """
@@ -94,8 +94,8 @@ class StyleGANDiscriminator(nn.Module):
         super().__init__()
         if image_size not in STYLEGAN_CHANNELS or image_size < 8:
             raise UserError(
-                f"the StyleGAN discriminator needs a power-of-two image size from 8 to 1024, not {image_size}: "
-                "use discriminator='patchgan'"
+                f"the StyleGAN discriminator has no layout for image size {image_size}: use a power of two "
+                "from 8 to 1024, or discriminator='patchgan'"
             )
         channels = STYLEGAN_CHANNELS[image_size]
         blocks: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1), nn.LeakyReLU(0.2)]

@@ -10,7 +10,7 @@ from tokenflow.errors import UserError
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and choices of the tokenizer's training objective; the defaults are the paper's (Eq. 4, Tab. 11).
+    """Weights and choices of the tokenizer's training objective; defaults are the paper's (Eq. 4, Tab. 11).
 
     Two defaults follow the released code where the paper is silent or differs: the discriminator joins at
     step 20,000, and the semantic loss is one minus the cosine similarity (the paper's text says l2).
@@ -24,7 +24,7 @@ class LossConfig:
     """``lpips`` and ``vgg16-trunk`` read ``perceptual_file``; ``teacher`` compares the teacher's features."""
     perceptual_weight: float = 1.0
     perceptual_file: str = ""
-    """lpips: torchvision's VGG16 or the released combined file (.pth, .safetensors); vgg16-trunk: a Keras .h5."""
+    """lpips: torchvision's VGG16 (.pth, .safetensors), with the heads or without; vgg16-trunk: a Keras .h5."""
     lpips_heads_file: str = ""
     """lpips: the ``vgg.pth`` of the lpips package; not needed with the combined file."""
     perceptual_stages: int = 5
@@ -44,10 +44,10 @@ class LossConfig:
     discriminator_start: int = 20_000
     """Optimizer step from which the adversarial terms count; before it their weight is 0."""
     adaptive_weight: bool = False
-    """Rescale the adversarial term by the ratio of gradient norms at the decoder's last layer (VQGAN, Eq. 7)."""
+    """Scale the adversarial term by the ratio of gradient norms at the last layer (VQGAN, Eq. 7)."""
 
     semantic: Literal["cosine", "l2"] = "cosine"
-    """Distance to the teacher's tokens: one minus the mean cosine (released code) or mean squared error (paper)."""
+    """Distance to the teacher's tokens: 1 - mean cosine (released code) or mean squared error (paper)."""
     semantic_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -57,6 +57,10 @@ class LossConfig:
             if isinstance(value, str) and choices and value not in choices:
                 raise UserError(f"loss.{field.name}={value!r} is unknown: use one of {', '.join(choices)}")
             if field.name.endswith("_weight") and value < 0:
-                raise UserError(f"loss.{field.name}={value} must not be negative: use 0 to switch the term off")
+                raise UserError(
+                    f"loss.{field.name}={value} must not be negative: use 0 to switch the term off"
+                )
         if not 1 <= self.perceptual_stages <= 5:
-            raise UserError(f"loss.perceptual_stages={self.perceptual_stages}: VGG16 has 5 stages, use 1 to 5")
+            raise UserError(
+                f"loss.perceptual_stages={self.perceptual_stages}: VGG16 has 5 stages, use 1 to 5"
+            )

@@ -2,16 +2,16 @@
 
 Where the released code differs from the paper, or from what it means to compute:
 
-* the semantic loss is one minus the cosine similarity in the code, an l2 distance in the paper; both are here;
+* the semantic loss is 1 - the cosine similarity in the code, an l2 distance in the paper: both are here;
 * the non-saturating losses of the code swap prediction and target inside a cross entropy: the generator then
-  minimises ``1 - mean(D) + log(1 + 1/e)`` and the discriminator gets no gradient from fakes. Here they are the
-  non-saturating losses of Goodfellow et al. 2014;
+  minimises ``1 - mean(D) + log(1 + 1/e)``, and the discriminator gets no gradient from reconstructions. Here
+  they are the non-saturating losses of Goodfellow et al. 2014;
 * the code's loss module can put LPIPS and the teacher into train mode (dropout); ours stay in eval mode;
-* before `discriminator_start` the code runs the discriminator with weight 0 in the generator's step; here it is left
-  out, which gives the same total and the same gradients.
+* before `discriminator_start` the code runs the discriminator with weight 0 in the generator's step; here it
+  is left out, which gives the same total and the same gradients.
 
-Nothing here keeps state between calls except the BatchNorm statistics of PatchGAN, so the step may be split by
-gradient accumulation or over processes.
+Nothing here keeps state between calls except the BatchNorm statistics of PatchGAN, so the step may be split
+by gradient accumulation or over processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def logistic_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """0.5 * (mean softplus(-D(x)) + mean softplus(D(x'))): "vanilla", and the partner of the non-saturating generator."""
+    """0.5 * (mean softplus(-D(x)) + mean softplus(D(x'))): both "vanilla" and "non_saturating"."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -64,7 +64,7 @@ def semantic_loss(prediction: Tensor, target: Tensor, kind: str = "cosine") -> T
 
     Args:
         prediction, target: ``[B, N, T]``; no gradient reaches `target`.
-        kind: "cosine" (released code): 1 - mean cosine similarity over tokens; "l2" (paper): mean squared error.
+        kind: "cosine" (released code): 1 - mean cosine over tokens; "l2" (paper): mean squared error.
     """
     prediction, target = prediction.float(), target.detach().float()
     if kind == "l2":
@@ -73,7 +73,7 @@ def semantic_loss(prediction: Tensor, target: Tensor, kind: str = "cosine") -> T
 
 
 def adaptive_weight(base: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """How much to scale the adversarial term so that it pulls as hard as the others (Esser et al. 2021, Eq. 7).
+    """Factor with which the adversarial term pulls as hard as the others (Esser et al. 2021, Eq. 7).
 
     Returns |d base / d last_layer| / (|d adversarial / d last_layer| + 1e-4), at most 1e4, without gradient.
     """
@@ -87,8 +87,8 @@ class TokenizerLoss(nn.Module):
 
     Args:
         config: weights and choices.
-        perceptual: maps (images, reconstruction) to one distance an image, see `tokenflow.training.perceptual`;
-            None leaves the term out.
+        perceptual: maps (images, reconstruction) to one distance an image, see
+            `tokenflow.training.perceptual`; None leaves the term out.
         discriminator: maps images to logits; None leaves the adversarial terms out.
     """
 
@@ -101,7 +101,7 @@ class TokenizerLoss(nn.Module):
         self.discriminator_network = discriminator
 
     def adversarial_weight(self, step: int) -> float:
-        """Weight of the adversarial terms at an optimizer step: 0 before the start, so both may then be skipped."""
+        """Weight of the adversarial terms at an optimizer step; 0 before the start."""
         if self.discriminator_network is None or step < self.config.discriminator_start:
             return 0.0
         return self.config.discriminator_weight
@@ -121,14 +121,14 @@ class TokenizerLoss(nn.Module):
 
         Args:
             images, reconstruction: ``[B, 3, H, W]`` in [-1, 1]; the reconstruction is not clamped.
-            semantic, target: decoded and the teacher's tokens ``[B, N, T]``; both None without a semantic flow.
+            semantic, target: decoded and the teacher's tokens ``[B, N, T]``, or None without a semantic flow.
             quantizer: the quantizer's losses, already weighted; all are added.
             step: optimizer steps done so far (not micro-batches).
             last_layer: weight of the pixel decoder's last convolution; only `adaptive_weight` needs it.
 
         Returns:
-            the total, and its unweighted parts as detached scalars for the log (with `adversarial_weight`, the
-            factor of `adversarial` in the total, once the discriminator has joined).
+            the total, and its unweighted parts as detached scalars for the log; once the discriminator has
+            joined also `adversarial_weight`, the factor of `adversarial` in the total.
         """
         config = self.config
         if (semantic is None) != (target is None):
@@ -172,7 +172,7 @@ class TokenizerLoss(nn.Module):
 
         Args:
             images, reconstruction: ``[B, 3, H, W]`` in [-1, 1]; no gradient reaches them.
-            step: as in `generator`. Before the start the loss is 0 times its value, and the call may be left out.
+            step: as in `generator`. Before the start the loss has weight 0, and the call may be left out.
 
         Returns:
             the loss, and for the log: `discriminator` (unweighted), `logits_real` and `logits_fake` (means).
@@ -187,7 +187,7 @@ class TokenizerLoss(nn.Module):
 
     @staticmethod
     def _frozen_logits(network: nn.Module, images: Tensor) -> Tensor:
-        """Logits whose gradient reaches the images but not the network's parameters, which another optimizer owns."""
+        """Logits whose gradient reaches the images but not the parameters, which another optimizer owns."""
         frozen = {name: parameter.detach() for name, parameter in network.named_parameters()}
         return functional_call(network, frozen, (images,)).float()
 
