@@ -225,6 +225,8 @@ class TokenFlowConfig(PreTrainedConfig):
             for name in PixelDecoderSpec(**self.pixel_decoder).flows:
                 if name not in names:
                     raise UserError(f"pixel_decoder reads flow {name!r}; the flows are {names}")
+        if self.feature_strategy == "last-semantic" and not any(flow["kind"] == "semantic" for flow in self.flows):
+            raise UserError("feature_strategy 'last-semantic' needs a semantic flow; this model has no semantic flow")
         for key, choices in (
             ("feature_strategy", FEATURE_STRATEGIES),
             ("codebook_init", ("uniform", "kmeans")),

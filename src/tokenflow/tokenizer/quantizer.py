@@ -133,7 +133,13 @@ class SharedMappingQuantizer(nn.Module):
 
     def prepare(self) -> PreparedCodes:
         """The codes as the search wants them, made again only after a codebook has changed."""
-        key = tuple((p.data_ptr(), p._version, p.device) for p in self.codebooks.values())
+        codebooks = list(self.codebooks.values())
+        # Versions miss writes through `.data`, as EMA helpers do them; tensors of inference mode have none at all.
+        sums = torch.stack([p.detach().sum() for p in codebooks]).tolist()
+        key = tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version, p.device, total)
+            for p, total in zip(codebooks, sums, strict=True)
+        )
         if self._prepared is None or self._prepared[0] != key:
             with torch.no_grad():
                 codes = self.codes()
