@@ -2,29 +2,38 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench lint venv clean
+.PHONY: help venv demo test bench lint constraints clean
 
-venv: $(VENV)/.installed
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed  ## make .venv with everything in it (once; again when pyproject.toml changes)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,faiss,dev]"
+	$(PIP) install --quiet -c constraints.txt -e ".[train,eval,faiss,dev]"
 	touch $@
 
-demo: venv
+demo: venv  ## photographs to tokens and back, as one HTML page and one PNG in demo-output/
 	$(BIN)/tokenflow demo
 
-test: venv
+test: venv  ## all tests
 	$(BIN)/python -m pytest
 
-bench: venv
+bench: venv  ## speed and memory side by side with plain formulations, as ratios
 	$(BIN)/python -m benchmarks
 
-lint: venv
+lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache demo-output
+constraints: venv  ## write the installed versions to constraints.txt
+	( sed -n '/^#/p' constraints.txt; $(PIP) list --format=freeze --exclude pip --exclude tokenflow-vision \
+		| sed 's/+cpu$$//' ) > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## remove .venv and everything that the targets made
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-output bench-output

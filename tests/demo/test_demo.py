@@ -78,7 +78,7 @@ def test_what_is_shown_is_what_the_model_says(model_with_classes):
     found = demonstrate(image_paths([SAMPLES / "cat.jpg"]), loaded)
     (cat,) = found.shown
     assert [len(tokens) for tokens in cat.tokens] == [1, 4, 16]
-    indices = torch.tensor([sum(cat.tokens, [])])
+    indices = torch.tensor([[token for part in cat.tokens for token in part]])
     with torch.inference_mode():
         for k, stage in enumerate(cat.stages, 1):
             decoded = loaded.model.decode_indices(indices, num_scales=k)
