@@ -294,6 +294,18 @@ def test_directory_that_claims_more_than_the_file_has(tmp_path, good):
     assert "ends outside the file" in refusal(tmp_path / "lying.pt")
 
 
+def test_directory_with_very_many_entries(tmp_path, good):
+    data = bytearray(good.read_bytes())
+    entry = data[data.rindex(b"good/version") - 46 : data.rindex(b"good/version") + len(b"good/version")]
+    directory = data.index(b"PK\x01\x02")
+    many = entry * (20_000_000 // len(entry))
+    count = len(many) // len(entry)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, len(many), directory, 0)
+    (tmp_path / "many.pt").write_bytes(data[:directory] + many + end)
+    assert count > 300_000
+    assert "zip directory of" in refusal(tmp_path / "many.pt")
+
+
 def test_members_that_overlap_or_occur_twice(tmp_path, good):
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(good, "a") as archive:
         archive.writestr("good/data.pkl", b"\x80\x02}.")

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 64 << 30
 """Larger files are refused; the largest released checkpoint with its optimizer states is about 9 GB."""
+MAX_DIRECTORY_BYTES = 16 << 20
+"""Bound of a zip file's directory; that of a tokenizer has 50 kB."""
 MAX_HEADER_BYTES = 64 << 20
 """Bound of the parts that are read into memory: a pickle without its tensors, a safetensors header."""
 
@@ -142,6 +144,13 @@ def read_state_dict(
 # --------------------------------------------------------------------------------------------- zip and pickle
 def _check_zip(file: BinaryIO, path: Path, size: int) -> None:
     """Refuse a zip whose directory or pickle is not like torch's, before anything is unpacked or run."""
+    directory = _directory_bytes(file)
+    if directory is None:
+        raise CheckpointError(f"{path} is truncated: a zip file without its directory; download it again")
+    if directory > MAX_DIRECTORY_BYTES:
+        raise CheckpointError(
+            f"{path}: a zip directory of {directory:,} bytes; at most {MAX_DIRECTORY_BYTES:,} are read"
+        )
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
@@ -180,6 +189,21 @@ def _check_zip(file: BinaryIO, path: Path, size: int) -> None:
             f"{path}: data.pkl has {pickles[0].file_size:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
         )
     _check_pickle(archive.read(pickles[0]), path)
+
+
+def _directory_bytes(file: BinaryIO) -> int | None:
+    """Length of the zip's directory according to its end records; None if there are none.
+
+    Python's zipfile makes an object of every entry, so an enormous directory must be refused before.
+    """
+    file.seek(-min(98, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    tail = file.read()
+    end, locator, end64 = tail[-22:], tail[-42:-22], tail[-98:-42]
+    if not end.startswith(b"PK\x05\x06"):
+        return None
+    if locator.startswith(b"PK\x06\x07") and end64.startswith(b"PK\x06\x06"):
+        return int.from_bytes(end64[40:48], "little")
+    return int.from_bytes(end[12:16], "little")
 
 
 def _check_pickle(data: bytes, path: Path) -> None:
