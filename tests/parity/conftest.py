@@ -21,7 +21,7 @@ def state_of():
 
 @pytest.fixture(scope="session")
 def real_and_fake():
-    """``real_and_fake(224)`` -> (the two input images, their golden reconstructions), each ``[2, 3, H, W]``."""
+    """``real_and_fake(224)`` -> (input images, golden reconstructions), each ``[2, 3, H, W]``."""
     layouts = {224: "clipb_224", 256: "clipb_256_enhanced"}
 
     def load(size: int) -> tuple[torch.Tensor, torch.Tensor]:

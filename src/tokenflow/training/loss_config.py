@@ -24,7 +24,7 @@ class LossConfig:
     """``lpips`` and ``vgg16-trunk`` read ``perceptual_file``; ``teacher`` compares the teacher's features."""
     perceptual_weight: float = 1.0
     perceptual_file: str = ""
-    """lpips: torchvision's VGG16 (.pth, .safetensors), with the heads or without; vgg16-trunk: a Keras .h5."""
+    """lpips: torchvision's VGG16 (.pth, .safetensors), with or without heads; vgg16-trunk: a Keras .h5."""
     lpips_heads_file: str = ""
     """lpips: the ``vgg.pth`` of the lpips package; not needed with the combined file."""
     perceptual_stages: int = 5

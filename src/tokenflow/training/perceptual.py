@@ -15,7 +15,6 @@ early feature maps then stay in the cache, and memory does not grow with the bat
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -359,9 +358,9 @@ def _read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_LEGACY_BYTES:,} are read")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes the parser raise
         raise UserError(
-            f"{path} is damaged or holds more than weights: {str(error).splitlines()[0]}"
+            f"{path} is damaged or holds more than weights ({type(error).__name__}): save it as safetensors"
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} is not a dict of tensors; give a state dict")
