@@ -7,22 +7,19 @@ bit on a CPU.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import random
 import re
-import signal
-import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,12 +35,16 @@ from tqdm import tqdm
 from tokenflow.data.loader import ImageLoader
 from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
+from tokenflow.files import write_error
 from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.pixel import PixelDecoder, PixelEncoder
+from tokenflow.tokenizer.quantizer import CodeUsage
 from tokenflow.training import checkpointing
 from tokenflow.training.averaging import WeightAverage
 from tokenflow.training.losses import TokenizerLoss
+from tokenflow.training.progress import LogFile, StopRequest, lr_factor
 from tokenflow.training.recipe import TrainRecipe
-from tokenflow.training.samples import SampleSheet
+from tokenflow.training.samples import mean_psnr, picture_grid, sample_pictures, to_uint8, write_picture
 from tokenflow.training.tokenizer import (
     DiscriminatorStep,
     GeneratorStep,
@@ -54,6 +55,7 @@ from tokenflow.training.tokenizer import (
 )
 
 logger = logging.getLogger(__name__)
+SHOWN = ("total", "reconstruction", "perceptual", "adversarial", "semantic")  # in the progress bar
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -81,17 +83,6 @@ def train_tokenizer(recipe: TrainRecipe) -> TrainResult:
         return trainer.run()
     finally:
         trainer.close()
-
-
-def lr_factor(step: int, recipe: TrainRecipe) -> float:
-    """The learning rate of optimizer step `step` (from 0) as a share of the full rate."""
-    o = recipe.optimizer
-    if step < o.warmup_steps:
-        return (step + 1) / (o.warmup_steps + 1)
-    if o.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - o.warmup_steps) / max(1, recipe.steps - o.warmup_steps))
-    return o.final_lr + (1 - o.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Trainer:
@@ -125,23 +116,23 @@ class Trainer:
         generator = GeneratorStep(self.model, losses, teacher)
         if teacher is not None:
             teacher.to(self.device)
-        losses.to(self.device)
+        to_channels_last(losses.to(self.device))  # full-resolution networks: faster so
         if recipe.channels_last:
             for network in pixel_networks(self.model):
-                network.to(memory_format=torch.channels_last)
+                to_channels_last(network)
         o = recipe.optimizer
         options: dict[str, Any] = {"betas": o.betas, "weight_decay": o.weight_decay, "fused": True}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         generator.to(self.device)
         self.generator, self.optimizer = accelerator.prepare(
-            generator, torch.optim.AdamW(trainable, lr=o.lr, **options)
+            generator, torch.optim.AdamW(trainable, **options)
         )
         self.discriminator = None
         if losses.discriminator_network is not None:
+            self.discriminator_network = losses.discriminator_network
             step = DiscriminatorStep(losses)
-            rate = o.lr if o.discriminator_lr is None else o.discriminator_lr
             self.discriminator, self.discriminator_optimizer = accelerator.prepare(
-                step, torch.optim.AdamW(step.parameters(), lr=rate, **options)
+                step, torch.optim.AdamW(step.parameters(), **options)
             )
         self.losses: TokenizerLoss = losses
         if recipe.compile:
@@ -153,13 +144,16 @@ class Trainer:
         micro_batch = recipe.data.batch_size // world // recipe.data.accumulation
         self.loader = ImageLoader(
             [parse_source(text) for text in recipe.data.sources],
-            self.model.config.image_size,
+            config.image_size,
             micro_batch,
             seed=recipe.seed,
             num_workers=recipe.data.num_workers,
             rank=accelerator.process_index,
             world_size=world,
         )
+
+        pictures = recipe.data.sample_sources or recipe.data.sources
+        self.pictures = sample_pictures([parse_source(text) for text in pictures], config.image_size)
 
         # 3. progress; all of it is in a checkpoint
         self.step = 0
@@ -172,17 +166,11 @@ class Trainer:
     def run(self) -> TrainResult:
         recipe = self.recipe
         started = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
         main = self.accelerator.is_main_process
-        self.log_file = LogFile(self.folder / "log.jsonl", self.step) if main else None
         if main:
-            checkpointing.save_json(asdict(recipe), self.folder / "recipe.json")
-            pictures = recipe.data.sample_sources or recipe.data.sources
-            self.sheet = SampleSheet.from_sources(
-                [parse_source(t) for t in pictures], self.model.config.image_size
-            )
-        self.accelerator.init_trackers("tensorboard" if "tensorboard" in recipe.trackers else "tokenflow")
+            self.open_log()
+        self.accelerator.init_trackers("tokenflow")
         bar = tqdm(
             total=recipe.steps,
             initial=self.step,
@@ -191,12 +179,9 @@ class Trainer:
             mininterval=1.0,
             dynamic_ncols=True,
         )
-        earlier, saved, last_log = self.seconds, self.step, time.monotonic()
-        stop = StopRequest(recipe.max_minutes, started)
-        with stop:
+        earlier, saved, last_log = self.seconds, self.step, started
+        with StopRequest(recipe.max_minutes) as stop:
             while self.step < recipe.steps and stop.reason is None:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = recipe.optimizer.lr * lr_factor(self.step, recipe)
                 self.train_step()
                 self.seconds = earlier + time.monotonic() - started
                 bar.update()
@@ -210,17 +195,17 @@ class Trainer:
                     self.save()
                     saved = self.step
                 stop.check(self.accelerator)
-            if saved != self.step or checkpointing.latest_checkpoint(self.checkpoints) is None:
+            if saved != self.step or self.step == 0:
                 self.save()
+                self.sample()
         bar.close()
-        if main and self.step % recipe.sample_every:
-            self.sample()
         self.accelerator.end_training()
         return TrainResult(self.step, stop.reason or "steps", self.folder / "export")
 
     def train_step(self) -> None:
         """One optimizer step of the tokenizer, then one of the discriminator on the same reconstructions."""
         recipe, parts = self.recipe, self.recipe.data.accumulation
+        self.set_learning_rate()
         pairs: list[tuple[Tensor, Tensor]] = []
         logs: dict[str, Tensor] = {}
         for part in range(parts):
@@ -230,15 +215,13 @@ class Trainer:
                 self.accelerator.backward(loss / parts)
             pairs.append((images, reconstruction.detach()))
             add_to(logs, {"total": loss, **values}, 1 / parts)
-        norm = self.accelerator.clip_grad_norm_(
-            parameters_of(self.optimizer), recipe.optimizer.clip
-        )
+        norm = self.accelerator.clip_grad_norm_(parameters_of(self.optimizer), recipe.optimizer.clip)
         finite = self.gate(self.optimizer, norm)
         if finite:
             self.average.update()
         logs["gradient_norm"] = norm
 
-        if self.discriminator is not None and self.losses.adversarial_weight(self.step):
+        if finite and self.discriminator is not None and self.losses.adversarial_weight(self.step):
             for part, (images, reconstruction) in enumerate(pairs):
                 with self.accelerator.no_sync(self.discriminator) if part + 1 < parts else nullcontext():
                     loss, values = self.discriminator(images, reconstruction, self.step)
@@ -246,12 +229,20 @@ class Trainer:
                 add_to(logs, values, 1 / parts)
             parameters = parameters_of(self.discriminator_optimizer)
             norm = self.accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip)
-            finite = self.gate(self.discriminator_optimizer, norm) and finite
+            finite = self.gate(self.discriminator_optimizer, norm)
         self.step += 1
         self.count_bad(finite)
         if finite:
             for name, value in logs.items():
                 self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
+
+    def set_learning_rate(self) -> None:
+        o, factor = self.recipe.optimizer, lr_factor(self.step, self.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = o.lr * factor
+        if self.discriminator is not None:
+            for group in self.discriminator_optimizer.param_groups:
+                group["lr"] = (o.lr if o.discriminator_lr is None else o.discriminator_lr) * factor
 
     def gate(self, optimizer: Any, norm: Tensor) -> bool:
         """Step the optimizer if the gradient norm is finite. The norm is of averaged gradients, hence the same everywhere."""
@@ -288,7 +279,7 @@ class Trainer:
             "images_per_second": self.recipe.log_every * self.recipe.data.batch_size / max(seconds, 1e-9),
             "usage": quantizer.quantizer.usage.fraction(size),
             **{
-                f"usage_scale/{side}": usage.fraction(size)
+                f"usage_scale/{side}": cast(CodeUsage, usage).fraction(size)
                 for side, usage in zip(quantizer.scales, quantizer.scale_usage, strict=True)
             },
             "skipped_steps": self.skipped_steps,
@@ -301,8 +292,13 @@ class Trainer:
         }
         self.log_file.write({**record, **values})
         self.accelerator.log(values, step=self.step)
-        shown = {key: f"{values[key]:.3g}" for key in ("total", "reconstruction", "usage") if key in values}
-        bar.set_postfix({"img/s": f"{values['images_per_second']:.0f}", **shown}, refresh=False)
+        shown = {key: f"{value:.3g}" for key, value in means.items() if key in SHOWN}
+        shown["img/s"] = f"{values['images_per_second']:.1f}"
+        shown["codes"] = f"{values['usage']:.0%}"
+        shown["by scale"] = "/".join(
+            f"{100 * values[f'usage_scale/{side}']:.0f}" for side in quantizer.scales
+        )
+        bar.set_postfix(shown, refresh=False)
 
     def means(self) -> dict[str, float]:
         """Means over the steps since the last call and over all processes."""
@@ -313,16 +309,31 @@ class Trainer:
         self.sums = {}
         return dict(zip(names, self.accelerator.reduce(sums / counts, "mean").tolist(), strict=True))
 
+    def open_log(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log_file = LogFile(self.folder / "log.jsonl", self.step)
+            checkpointing.save_json(asdict(self.recipe), self.folder / "recipe.json")
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+
     def sample(self) -> None:
-        """A sheet of reconstructions by the averaged weights."""
-        with self.average.applied():
-            if self.accelerator.is_main_process:
-                psnr = self.sheet.write(
-                    self.model, self.folder / "samples" / f"step-{self.step:08d}.png", self.accelerator
-                )
-                self.log_file.write({"step": self.step, "sample_psnr": psnr})
-                self.accelerator.log({"sample_psnr": psnr}, step=self.step)
+        """A sheet by the averaged weights: originals, reconstructions, and decodings of the first scales only."""
+        self.generator.eval()
+        with self.average.applied(), torch.no_grad():
+            decoded = self.generator(self.pictures.to(self.device), self.step)
         self.generator.train()
+        if not self.accelerator.is_main_process:
+            return
+        rows = [self.pictures, *(to_uint8(pixels) for pixels in decoded)]
+        psnr = mean_psnr(rows[0], rows[1])
+        sheet = picture_grid(rows)
+        write_picture(sheet, self.folder / "samples" / f"step-{self.step:08d}.png")
+        self.log_file.write({"step": self.step, "sample_psnr": psnr})
+        self.accelerator.log({"sample_psnr": psnr}, step=self.step)
+        for tracker in self.accelerator.trackers:
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.log_images({"samples": sheet[None]}, step=self.step, dataformats="NHWC")
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
     @property
@@ -331,13 +342,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything that the next step depends on, and the model to use."""
-        own = {
+        own: dict[str, Any] = {
             "random": checkpointing.random_state(),
             "loader": self.loader.state_dict(),
             "sums": {name: value.cpu() for name, value in self.sums.items()},
         }
         processes = gather_object([own])
-        weights = get_model_state_dict(self.model, options=FULL)
+        weights = cast(dict[str, Tensor], get_model_state_dict(self.model, options=FULL))
         optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
         averaged = self.average.full_state(weights)
         if self.accelerator.is_main_process:
@@ -350,8 +361,8 @@ class Trainer:
                 )
                 torch.save(optimizer, folder / "optimizer.pt")
                 if self.discriminator is not None:
-                    network = self.losses.discriminator_network
-                    checkpointing.save_tensors(network.state_dict(), folder / "discriminator.safetensors")
+                    state = self.discriminator_network.state_dict()
+                    checkpointing.save_tensors(state, folder / "discriminator.safetensors")
                     torch.save(
                         self.discriminator_optimizer.optimizer.state_dict(),
                         folder / "discriminator_optimizer.pt",
@@ -380,14 +391,17 @@ class Trainer:
         progress = checkpointing.load_json(folder / "progress.json")
         if progress["processes"] != self.accelerator.num_processes:
             raise UserError(
-                f"{folder} was written by {progress['processes']} processes, not {self.accelerator.num_processes}; start as "
-                f"many, or a new run with --model.init-from {folder / 'export'}"
+                f"{folder} was written by {progress['processes']} processes, not "
+                f"{self.accelerator.num_processes}; start as many, or a new run with --model.init-from "
+                f"{folder / 'export'}"
             )
         try:
-            set_model_state_dict(self.model, load_file(folder / "model.safetensors"), options=FULL)
+            weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
+            set_model_state_dict(self.model, weights, options=FULL)
         except RuntimeError as error:
+            detail = str(error).splitlines()[-1].strip()
             raise UserError(
-                f"{folder} holds another model than this recipe's; give another --output-dir ({str(error).splitlines()[-1].strip()})"
+                f"{folder} holds another model than this recipe's; give another --output-dir ({detail})"
             ) from error
         checkpointing.load_buffers(self.model, folder / "buffers.safetensors")
         set_optimizer_state_dict(
@@ -396,12 +410,10 @@ class Trainer:
             checkpointing.load_torch(folder / "optimizer.pt"),
             options=FULL,
         )
-        if self.discriminator is not None:
-            if not (folder / "discriminator.safetensors").exists():
-                raise UserError(
-                    f"{folder} has no discriminator; --loss.discriminator must stay none in this run"
-                )
-            self.losses.discriminator_network.load_state_dict(load_file(folder / "discriminator.safetensors"))
+        if self.discriminator is not None and not (folder / "discriminator.safetensors").exists():
+            logger.warning("%s has no discriminator: it starts fresh", folder)
+        elif self.discriminator is not None:
+            self.discriminator_network.load_state_dict(load_file(folder / "discriminator.safetensors"))
             self.discriminator_optimizer.optimizer.load_state_dict(
                 checkpointing.load_torch(folder / "discriminator_optimizer.pt")
             )
@@ -422,10 +434,13 @@ def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def to_channels_last(module: torch.nn.Module) -> None:
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+
+
 def pixel_networks(model: TokenFlowModel) -> list[torch.nn.Module]:
     """The convolutional encoders and the pixel decoder's network."""
-    encoders = [model.encoders[flow.name].network for flow in model.config.flow_specs if flow.kind == "pixel"]
-    return encoders if model.pixel_decoder is None else [*encoders, model.pixel_decoder.network]
+    return [m for m in model.modules() if isinstance(m, (PixelEncoder, PixelDecoder))]
 
 
 def add_to(sums: dict[str, Tensor], values: dict[str, Tensor], weight: float = 1.0) -> None:
@@ -440,55 +455,3 @@ def parse_source(text: str) -> Source:
     if match is None:
         return Source.parse(text)
     return Source.parse(match[1] + (match[3] or ""), only=match[2])
-
-
-class LogFile:
-    """log.jsonl: a line for each log step. Lines of a killed run beyond its last checkpoint are dropped on resume."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except ValueError:  # the half line of a kill
-                    break
-        path.write_text("".join(kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-class StopRequest:
-    """Ctrl-C, SIGTERM and the time limit end the run after the step at hand, with a checkpoint; a second Ctrl-C at once."""
-
-    def __init__(self, max_minutes: float | None, started: float):
-        self.deadline = math.inf if max_minutes is None else started + 60 * max_minutes
-        self.signal: str | None = None
-        self.reason: str | None = None
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-
-    def check(self, accelerator: Accelerator) -> None:
-        """Set `reason` if any process wants to stop; the same on all processes."""
-        mine = self.signal or ("max_minutes" if time.monotonic() > self.deadline else None)
-        if accelerator.num_processes > 1:
-            mine = next((reason for reason in gather_object([mine]) if reason), None)
-        self.reason = mine

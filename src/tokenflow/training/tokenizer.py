@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ class GeneratorStep(nn.Module):
             self.model.eval()
         return self
 
-    def forward(self, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def forward(self, images: Tensor, step: int) -> Any:
         """Losses of a batch.
 
         Args:
@@ -183,8 +184,11 @@ class GeneratorStep(nn.Module):
             step: optimizer steps done so far; the adversarial loss starts at one of them.
 
         Returns:
-            the total loss, its parts for the log, the reconstructions `[B, 3, H, W]` float32.
+            the total loss, its parts for the log, the reconstructions `[B, 3, H, W]` float32. In eval mode instead
+            what `reconstruct` returns, so that wrappers which gather sharded weights in `forward` do so then too.
         """
+        if not self.training:
+            return self.reconstruct(to_model_range(images))
         losses, teacher = self.frozen
         pixels = to_model_range(images)
         if self.decoder_only:
@@ -206,6 +210,14 @@ class GeneratorStep(nn.Module):
             last_layer=self.last_layer,
         )
         return total, parts, reconstruction
+
+    def reconstruct(self, pixels: Tensor) -> list[Tensor]:
+        """Pixels decoded from all scales, from about two thirds of them and from about one third."""
+        indices = self.model.encode(pixels).indices
+        scales = len(self.model.config.scales)
+        prefixes = sorted({scales, max(1, scales * 2 // 3), max(1, scales // 3)}, reverse=True)
+        maps = [self.model.quantized_from_indices(indices, count) for count in prefixes]
+        return [self.model.decode_pixels(quantized) for quantized in maps]
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -1,0 +1,91 @@
+"""What a training run tells and hears: the log file, the learning rate, requests to stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from tokenflow.training.recipe import TrainRecipe
+
+
+def lr_factor(step: int, recipe: TrainRecipe) -> float:
+    """The learning rate of optimizer step `step` (from 0) as a share of the full rate."""
+    o = recipe.optimizer
+    if step < o.warmup_steps:
+        return (step + 1) / (o.warmup_steps + 1)
+    if o.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - o.warmup_steps) / max(1, recipe.steps - o.warmup_steps))
+    return o.final_lr + (1 - o.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LogFile:
+    """log.jsonl: one JSON object a line.
+
+    Lines of a killed run from beyond the checkpoint at `step` are dropped, as is a half-written one.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    break
+        path.write_text("".join(kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM and a time limit end a run after the step at hand; a second Ctrl-C ends it at once.
+
+    Use as a context; `reason` is "SIGINT", "SIGTERM", "max_minutes" or None.
+    """
+
+    REASONS = ("max_minutes", "SIGINT", "SIGTERM")
+
+    def __init__(self, max_minutes: float | None):
+        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.signal: str | None = None
+        self.reason: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def check(self, accelerator: Accelerator) -> None:
+        """Set `reason` if this or another process wants to stop; all processes agree."""
+        reason = self.signal or ("max_minutes" if time.monotonic() >= self.deadline else None)
+        if accelerator.num_processes > 1:
+            code = torch.tensor(
+                0 if reason is None else 1 + self.REASONS.index(reason), device=accelerator.device
+            )
+            torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+            reason = None if code == 0 else self.REASONS[int(code) - 1]
+        self.reason = reason
