@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import small_config
 
+from conftest import small_config
 from tokenflow import TokenFlowConfig
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import (

@@ -19,7 +19,7 @@ def quantizer(flows=TWO, codebook_size=16, seed=0, **settings):
 
 
 def weighted_distances(q, z):
-    """Eq. 1 to 3 as printed: sum over flows of weight * |z_f - e_f|^2, in fp64. z: [N, D] not yet normalised."""
+    """Eq. 1 to 3 as printed, in fp64: sum over flows of weight * |z_f - e_f|^2; z [N, D] normalised here."""
     total = torch.zeros(len(z), q.codebook_size, dtype=torch.float64)
     for part, name, weight in zip(z.double().split(q.dims, -1), q.names, q.weights, strict=True):
         codes = q.codebooks[name].detach().double()
@@ -196,7 +196,7 @@ def test_codebooks_of_inference_mode_can_be_searched():
         assert q(torch.randn(1, 9, 2, 2)).indices.shape == (1, 4)
 
 
-# ------------------------------------------------------------------------------------------------------------ k-means
+# k-means
 def test_kmeans_finds_separate_clusters():
     torch.manual_seed(0)
     centres = 10 * torch.eye(4)
@@ -231,7 +231,7 @@ def test_drawn_means_repeat_only_if_samples_are_few():
     assert draw_means(samples, 25).shape == (25, 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- usage
+# usage
 @given(batches=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=6))
 @settings(max_examples=40, deadline=None)
 def test_usage_is_the_share_of_distinct_codes_among_the_last_window(batches):

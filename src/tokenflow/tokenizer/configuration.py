@@ -177,9 +177,10 @@ class TokenFlowConfig(PreTrainedConfig):
             self.flows = [SemanticFlow(encoder=CLIP_B16), PixelFlow()]
             if self.pixel_decoder is None:
                 self.pixel_decoder = PixelDecoderSpec()
-        self.flows = [flow if isinstance(flow, dict) else asdict(flow) for flow in self.flows]
-        if self.pixel_decoder is not None and not isinstance(self.pixel_decoder, dict):
-            self.pixel_decoder = asdict(self.pixel_decoder)
+        self.flows = [_plain(flow if isinstance(flow, dict) else asdict(flow)) for flow in self.flows]
+        if self.pixel_decoder is not None:
+            decoder = self.pixel_decoder
+            self.pixel_decoder = _plain(decoder if isinstance(decoder, dict) else asdict(decoder))
         self.scales = [int(s) for s in self.scales]
         self._check()
         self.hidden_size = sum(
@@ -252,6 +253,13 @@ class TokenFlowConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
         return cls(**{**PRESETS[name](), **overrides})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as a JSON file gives them back: a configuration equals itself after a round trip."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def vision_config(encoder: dict[str, Any]) -> PreTrainedConfig:

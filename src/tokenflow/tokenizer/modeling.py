@@ -255,6 +255,8 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
 
     def quantized_from_indices(self, indices: Tensor, num_scales: int | None = None) -> Tensor:
         """The quantized map `[B, D, g, g]` of `indices`; arguments and errors as in `decode_indices`."""
+        if indices.ndim != 2 or indices.is_floating_point() or indices.is_complex():
+            raise UserError(f"indices must be [B, L] integers, got {list(indices.shape)} {indices.dtype}")
         scales = self.quantizer.prefix_scales(indices.shape[1])
         if num_scales is not None:
             if not 1 <= num_scales <= len(scales):
