@@ -81,7 +81,9 @@ class _GradInForward(torch.autograd.Function):
             with torch.enable_grad():
                 piece = piece.detach().requires_grad_()
                 value = distance(image, piece)
-                (gradient,) = torch.autograd.grad(value.sum() * pixels, piece)
+                scaled = value.sum() * pixels
+            with torch.autocast(piece.device.type, enabled=False):  # backward runs in the forward's dtypes
+                (gradient,) = torch.autograd.grad(scaled, piece)
             values.append(value.detach())
             gradients.append(gradient / pixels)
         ctx.save_for_backward(torch.cat(gradients))
