@@ -229,7 +229,7 @@ def describe(name: str) -> dict[str, str]:
         "scales": " ".join(map(str, config.scales)),
         "flows": "; ".join(flows),
     }
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("model*.safetensors"))
     for file in weights:
         about[file.name] = _weights_line(file)
     if folder.is_dir():
