@@ -80,10 +80,10 @@ def build_model(
     """The tokenizer with fresh, the teacher's or a given model's weights, and only the trainable parameters requiring
     gradients."""
     model = TokenFlowModel(config)
-    if recipe.init_from is not None:
-        load_initial_weights(model, recipe.init_from, recipe.init_except)
-    elif recipe.semantic_init and teacher is not None:
+    if recipe.semantic_init and teacher is not None:
         load_tower(model.encoders["semantic"].tower, teacher.tower.model.state_dict())
+    if recipe.init_from is not None:  # what it excepts keeps the teacher's weights
+        load_initial_weights(model, recipe.init_from, recipe.init_except)
     set_trainable(model, recipe.trainable)
     return model
 
