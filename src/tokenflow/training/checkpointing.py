@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,10 +77,18 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(temporary, target)
         _flush(target.parent)
-    except OSError as error:
-        raise write_error(target, error) from error
+    except (OSError, SafetensorError) as error:
+        raise _write_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_error(path: Path, error: Exception) -> Exception:
+    """A full disk and the like as one line; safetensors puts the error number into its text."""
+    number = re.search(r"os error (\d+)", str(error))
+    if isinstance(error, SafetensorError) and number:
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    return write_error(path, error) if isinstance(error, OSError) else error
 
 
 def _flush(path: Path) -> None:
@@ -132,6 +142,15 @@ def load_buffers(model: nn.Module, path: Path) -> None:
     for name, buffer in transient_buffers(model).items():
         if name in stored and stored[name].shape == buffer.shape:
             buffer.copy_(stored[name])
+
+
+def save_torch(value: Any, path: Path) -> None:
+    """Write a torch file; a full disk is an OSError."""
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:  # torch hides the OSError below an internal error of its zip writer
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load_torch(path: Path) -> Any:
@@ -197,6 +216,6 @@ def export_half(model_dir: str | Path, out: str | Path) -> Path:
             for path in Path(temporary).iterdir():
                 _flush(path)
                 os.replace(path, out / path.name)
-    except OSError as error:
-        raise write_error(out, error) from error
+    except (OSError, SafetensorError) as error:
+        raise _write_error(out, error) from error
     return out

@@ -359,15 +359,15 @@ class Trainer:
                 checkpointing.save_tensors(
                     checkpointing.transient_buffers(self.model), folder / "buffers.safetensors"
                 )
-                torch.save(optimizer, folder / "optimizer.pt")
+                checkpointing.save_torch(optimizer, folder / "optimizer.pt")
                 if self.discriminator is not None:
                     state = self.discriminator_network.state_dict()
                     checkpointing.save_tensors(state, folder / "discriminator.safetensors")
-                    torch.save(
+                    checkpointing.save_torch(
                         self.discriminator_optimizer.optimizer.state_dict(),
                         folder / "discriminator_optimizer.pt",
                     )
-                torch.save(processes, folder / "processes.pt")
+                checkpointing.save_torch(processes, folder / "processes.pt")
                 checkpointing.save_export(self.model, averaged, folder / "export")
                 progress = {
                     "step": self.step,
