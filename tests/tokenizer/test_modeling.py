@@ -318,6 +318,48 @@ def test_a_copy_encodes_like_the_original(model, pixels):
         assert torch.equal(copy.deepcopy(model).encode(pixels).indices, expected)
 
 
+FAMILIES = {
+    "siglip_vision_model": {
+        "hidden_state": -2,
+        "final_norm": False,
+        "image_mean": (0.5,) * 3,
+        "image_std": (0.5,) * 3,
+    },
+    "siglip2_vision_model": {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3},
+    "dinov2": {},
+    "vit": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_vision_models_are_encoders_by_configuration(family, pixels, tmp_path):
+    vision = {**small_config().flows[0]["encoder"], "model_type": family, "num_patches": 16}
+    flow = SemanticFlow(encoder=vision, decoder_layers=1, decoder_heads=2, target_dim=24, **FAMILIES[family])
+    model = build(flows=[flow, pixel()])
+    model.save_pretrained(tmp_path)
+    again = TokenFlowModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        features = model.flow_features(pixels)
+        assert features.std() > 0.01
+        assert torch.equal(again.flow_features(pixels), features)
+
+
+def test_an_encoder_may_be_given_as_a_configuration_object():
+    from transformers import CLIPVisionConfig
+
+    vision = CLIPVisionConfig(
+        **{k: v for k, v in small_config().flows[0]["encoder"].items() if k != "model_type"}
+    )
+    config = small_config(flows=[SemanticFlow(encoder=vision)], pixel_decoder=None)
+    assert config.flows[0]["encoder"]["model_type"] == "clip_vision_model"
+    assert config.flow_specs[0].encoder["hidden_size"] == 16
+
+
+def test_an_encoder_without_a_type_is_refused():
+    with pytest.raises(UserError, match="encoder needs a model_type"):
+        build(flows=[SemanticFlow()], pixel_decoder=None)
+
+
 # other rooms' use
 def test_llava_takes_the_model_as_its_vision_tower(small_model_folder, tmp_path):
     from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration

@@ -46,7 +46,7 @@ class SemanticFlow:
     """A flow whose encoder is a vision transformer (any transformers vision model, or our ViTamin).
 
     Attributes:
-        encoder: the vision model's configuration as a dict with its `model_type`.
+        encoder: the vision model's configuration (any `CLIPVisionConfig`, ...), or it as a dict with its `model_type`.
         hidden_state: which hidden state is the feature: -1 the last layer's, -2 the one before (SigLIP). Layers after
             it are not built.
         final_norm: whether the model's last norm is applied to the feature.
@@ -68,6 +68,10 @@ class SemanticFlow:
     decoder_heads: int = 12
     target_dim: int = 512
     kind: Literal["semantic"] = "semantic"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.encoder, PreTrainedConfig):
+            object.__setattr__(self, "encoder", self.encoder.to_dict())
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,9 @@ def _plain(value: Any) -> Any:
 
 def vision_config(encoder: dict[str, Any]) -> PreTrainedConfig:
     """The vision model's own configuration object from a flow's `encoder` dict."""
-    if encoder.get("model_type") == "tokenflow_vitamin":
+    if "model_type" not in encoder:
+        raise UserError("a semantic flow's encoder needs a model_type, such as clip_vision_model or dinov2")
+    if encoder["model_type"] == "tokenflow_vitamin":
         from tokenflow.tokenizer.vitamin import ViTaminConfig
 
         return ViTaminConfig(**{k: v for k, v in encoder.items() if k != "model_type"})
