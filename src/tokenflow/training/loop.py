@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
@@ -91,6 +92,7 @@ class Trainer:
     def __init__(self, recipe: TrainRecipe):
         self.recipe = recipe
         self.folder = Path(recipe.output_dir)
+        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.accelerator = accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
             log_with=list(recipe.trackers) or None,
