@@ -111,7 +111,7 @@ def test_near_ties_are_decided_in_fp64():
 
 def test_crowded_codes_defeat_bf16_but_not_the_search():
     q, c = unit(600, 16), unit(1, 16, seed=1) + 1e-3 * unit(4096, 16, seed=2)
-    assert nearest._bf16_screen(q[:512].contiguous(), with_bf16(c)) is None
+    assert nearest._bf16_screen(q, with_bf16(c)) is None
     assert torch.equal(check_all(q, c), (q.double() @ c.double().T).argmax(1))
 
 
@@ -207,7 +207,7 @@ def test_no_tensor_is_nearly_as_large_as_the_scores():
 
     with Largest() as largest:
         nearest_code(q, c)
-    assert largest.numel <= 2**19
+    assert largest.numel <= 2**21 < q.shape[0] * c.shape[0] / 7
 
 
 def test_prepared_codes_serve_many_searches():

@@ -40,8 +40,11 @@ from tokenflow.errors import UserError
 Backend = Literal["auto", "dense", "blocked", "faiss", "triton"]
 
 GROUP = 32  # codes that share one screened maximum
-QUERY_BLOCK = 512
-SCORE_BLOCK = {"cpu": 2**19, "cuda": 2**24}  # scores that exist at a time; on the CPU they stay in the caches
+QUERY_BLOCK = 1024
+SCORE_BYTES = {
+    "cpu": 2**22,
+    "cuda": 2**26,
+}  # of the scores that exist at a time; a CPU has them in its caches
 PAIR_BLOCK = 1024  # (query, group) pairs re-scored at a time
 DENSE_LIMIT = 2**24  # scores that the oracle agrees to compute
 FAISS_NEIGHBOURS = 8
@@ -224,7 +227,8 @@ def _bf16_screen(queries: Tensor, codes: PreparedCodes) -> Tensor | None:
 def _group_maxima(codes: Tensor, queries: Tensor) -> Tensor:
     """Largest score of each group, `[K', D'] x [D', N] -> [K' / GROUP, N]`; bf16 ones as int16 bits."""
     n = queries.shape[1]
-    step = max(GROUP, SCORE_BLOCK.get(queries.device.type, 2**19) // n // GROUP * GROUP)
+    budget = SCORE_BYTES.get(queries.device.type, 2**22) // codes.element_size()
+    step = max(GROUP, budget // n // GROUP * GROUP)
     scores = codes.new_empty(min(step, len(codes)), n)
     comparable = scores.view(torch.int16) if scores.dtype == torch.bfloat16 else scores
     best = comparable.new_empty(len(codes) // GROUP, n)
