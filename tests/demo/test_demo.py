@@ -22,7 +22,7 @@ from tokenflow.demo import SAMPLES, code_colours, demonstrate, run_demo
 def model_with_classes(tmp_path_factory):
     import json
 
-    from conftest import save_small_model
+    from small_model import save_small_model
 
     folder = save_small_model(tmp_path_factory.mktemp("demo") / "model", seed=3)
     embeddings = torch.randn(7, 24, generator=torch.Generator().manual_seed(0))

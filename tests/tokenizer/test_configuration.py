@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import small_config
+from small_model import small_config
 from tokenflow import TokenFlowConfig
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import (

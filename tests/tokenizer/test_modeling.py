@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from conftest import small_config
+from small_model import small_config
 from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import (

@@ -59,7 +59,7 @@ def prepare(folder: Path) -> Path:
     """Write pictures.parquet, teacher/ and config/ for `tiny_recipe` into `folder`."""
     import torch
 
-    from conftest import small_config
+    from small_model import small_config
 
     torch.manual_seed(0)
     write_pictures(folder / "pictures.parquet")

@@ -181,7 +181,7 @@ def evaluate_reconstruction(
 
         def rebuild(real: Tensor) -> tuple[Tensor, Tensor | None]:
             encoded = model.encode(to_unit_range(real).to(device))
-            decoded = model.decode_pixels(cast(Tensor, encoded.quantized))
+            decoded = model.decode_pixels(encoded.quantized)
             return to_uint8(decoded).to(real.device), encoded.indices
 
     images = iterate_eval(source, side, limit=limit)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def pooled_features(
         each flow's quantized vectors [B, dim] by the flow's name, "both" (all flows) where there are
         several, and where there are such parts "semantic decoder" [B, T] and "teacher" [B, T]; all fp32.
     """
-    quantized = cast(Tensor, model.encode(pixel_values).quantized)
+    quantized = model.encode(pixel_values).quantized
     pooled = {name: part.mean((2, 3)) for name, part in model.split_flows(quantized).items()}
     if len(pooled) > 1:
         pooled["both" if len(pooled) == 2 else "all flows"] = quantized.mean((2, 3))

@@ -1,8 +1,9 @@
 """The configuration of a TokenFlow tokenizer, and the presets of the paper (Tab. 11).
 
-A tokenizer is a list of *flows* that share one index per patch (Sec. 3.2). Each flow has an encoder of one of two
-kinds: `semantic` (a vision transformer, an encoding head, and a semantic decoder that is trained to give back a
-teacher's features) or `pixel` (a convolutional encoder). One pixel decoder reads the flows that it names.
+A tokenizer is a list of *flows* that share one index per patch (Sec. 3.2). Each flow has an encoder of one of
+two kinds: `semantic` (a vision transformer, an encoding head, and a semantic decoder that is trained to give
+back a teacher's features) or `pixel` (a convolutional encoder). One pixel decoder reads the flows that it
+names.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ FEATURE_STRATEGIES = ("last", "last-semantic", "all", "all-residual")
 class ConvSpec:
     """A convolutional encoder or decoder (Sec. A.2; the VQGAN layout of the released checkpoints).
 
-    `patch` > 1 works on pixel-unshuffled images (side / patch, 3 * patch^2 channels): far cheaper, a little softer. The
-    total stride is `patch * 2 ** (len(multipliers) - 1)`. `blocks` residual blocks a level; attention at the lowest.
+    `patch` > 1 works on pixel-unshuffled images (side / patch, 3 * patch^2 channels): far cheaper, a little
+    softer. The total stride is `patch * 2 ** (len(multipliers) - 1)`. `blocks` residual blocks a level;
+    attention at the lowest.
     """
 
     width: int = 128
@@ -46,12 +48,13 @@ class SemanticFlow:
     """A flow whose encoder is a vision transformer (any transformers vision model, or our ViTamin).
 
     Attributes:
-        encoder: the vision model's configuration (any `CLIPVisionConfig`, ...), or it as a dict with its `model_type`.
-        hidden_state: which hidden state is the feature: -1 the last layer's, -2 the one before (SigLIP). Layers after
-            it are not built.
+        encoder: the vision model's configuration (any `CLIPVisionConfig`, ...), or it as a dict with its
+            `model_type`.
+        hidden_state: which hidden state is the feature: -1 the last layer's, -2 the one before (SigLIP).
+            Layers after it are not built.
         final_norm: whether the model's last norm is applied to the feature.
-        image_mean, image_std: normalisation of pixels in [0, 1]; None feeds the pixels in [-1, 1] as they are, which the
-            released CLIP tokenizers do (their teacher, however, sees normalised pixels).
+        image_mean, image_std: normalisation of pixels in [0, 1]; None feeds the pixels in [-1, 1] as they
+            are, which the released CLIP tokenizers do (their teacher, however, sees normalised pixels).
         decoder_layers, decoder_heads: the semantic decoder; 12 heads at every width in the released files.
         target_dim: channels `T` of the teacher's features.
     """
@@ -127,7 +130,7 @@ SIGLIP_SO400M = {
 }
 VITAMIN_XL = {"model_type": "tokenflow_vitamin"}  # ViTaminConfig's defaults
 
-# The scale list of L: the paper's Tab. 11 also has a 3; the released code and files do not, and a file cannot tell.
+# Scales of L: the paper's Tab. 11 also has a 3; the released code has not, and a file cannot tell.
 SCALES_14 = (1, 2, 4, 6, 8, 10, 12, 14)
 SCALES_16 = (*SCALES_14, 16)
 SCALES_27 = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 22, 27)
@@ -142,8 +145,8 @@ class TokenFlowConfig(PreTrainedConfig):
 
     Args:
         image_size (`int`): side of the square input, pixels.
-        scales (`list[int]`): grid sides of the residual schedule, coarse to fine; the last is the final grid `g`. One entry
-            is plain single-scale vector quantization.
+        scales (`list[int]`): grid sides of the residual schedule, coarse to fine; the last is the final grid
+            `g`. One entry is plain single-scale vector quantization.
         flows (`list[dict]`): see [`SemanticFlow`] and [`PixelFlow`]; order gives the order of channels.
         pixel_decoder (`dict` or None): see [`PixelDecoderSpec`].
         codebook_size (`int`): K, shared by all flows.
@@ -161,8 +164,8 @@ class TokenFlowConfig(PreTrainedConfig):
 
     image_size: int = 224
     scales: list[int] | tuple[int, ...] = SCALES_14
-    flows: list | tuple | None = None
-    pixel_decoder: dict | None = None
+    flows: Any = None
+    pixel_decoder: Any = None
     codebook_size: int = 32768
     l2_norm: bool = True
     commitment_weight: float = 0.25
@@ -223,15 +226,25 @@ class TokenFlowConfig(PreTrainedConfig):
             raise UserError(f"flows: names must be given and distinct, got {names}")
         for flow in self.flows:
             if flow.get("kind") not in ("semantic", "pixel"):
-                raise UserError(f"flows: {flow.get('name')!r} has kind {flow.get('kind')!r}; choose semantic or pixel")
-        if not self.scales or self.scales[0] < 1 or any(a >= b for a, b in zip(self.scales, self.scales[1:], strict=False)):
+                raise UserError(
+                    f"flows: {flow.get('name')!r} has kind {flow.get('kind')!r}; choose semantic or pixel"
+                )
+        if (
+            not self.scales
+            or self.scales[0] < 1
+            or any(a >= b for a, b in zip(self.scales, self.scales[1:], strict=False))
+        ):
             raise UserError(f"scales: must be positive and rise, got {self.scales}")
         if self.pixel_decoder is not None:
             for name in PixelDecoderSpec(**self.pixel_decoder).flows:
                 if name not in names:
                     raise UserError(f"pixel_decoder reads flow {name!r}; the flows are {names}")
-        if self.feature_strategy == "last-semantic" and not any(flow["kind"] == "semantic" for flow in self.flows):
-            raise UserError("feature_strategy 'last-semantic' needs a semantic flow; this model has no semantic flow")
+        if self.feature_strategy == "last-semantic" and not any(
+            flow["kind"] == "semantic" for flow in self.flows
+        ):
+            raise UserError(
+                "feature_strategy 'last-semantic' needs a semantic flow; this model has no semantic flow"
+            )
         for key, choices in (
             ("feature_strategy", FEATURE_STRATEGIES),
             ("codebook_init", ("uniform", "kmeans")),
@@ -241,7 +254,7 @@ class TokenFlowConfig(PreTrainedConfig):
                 raise UserError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
         """As in transformers; names of bundled models come first."""
         from tokenflow.bundled import resolve
 
@@ -277,11 +290,11 @@ def vision_config(encoder: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**encoder)
 
 
-# ----------------------------------------------------------------------------------------------------------- presets
+# presets
 def _released(
     encoder: dict, image_size: int, scales: tuple[int, ...], enhanced: bool, **semantic: Any
 ) -> dict[str, Any]:
-    # The enhanced decoder has twice the channels and, beyond the paper's "double", 5 blocks a level (Sec. B.1).
+    # The enhanced decoder has twice the channels and, beyond the paper's "double", 5 blocks (Sec. B.1).
     decoder = PixelDecoderSpec(width=256, blocks=5) if enhanced else PixelDecoderSpec()
     flows = [SemanticFlow(encoder=encoder, **semantic), PixelFlow()]
     return {"image_size": image_size, "scales": scales, "flows": flows, "pixel_decoder": decoder}
@@ -298,12 +311,18 @@ def _l(enhanced: bool = False) -> dict[str, Any]:
 
 
 def _xl(enhanced: bool = False) -> dict[str, Any]:
-    options = {"hidden_state": -2, "final_norm": False, "image_mean": HALF, "image_std": HALF, "target_dim": 1152}
+    options = {
+        "hidden_state": -2,
+        "final_norm": False,
+        "image_mean": HALF,
+        "image_std": HALF,
+        "target_dim": 1152,
+    }
     return _released(SIGLIP_SO400M, 384, SCALES_27, enhanced, **options)
 
 
 def _tiny() -> dict[str, Any]:
-    """The bundled model: 128 px, 155 tokens, a 6-layer ViT of width 256, pixel networks on pixel-unshuffled images."""
+    """The bundled model: 128 px, 155 tokens, a ViT of 6 layers, pixel networks on pixel-unshuffled images."""
     encoder = {
         "model_type": "clip_vision_model",
         "hidden_size": 256,
@@ -322,7 +341,9 @@ def _tiny() -> dict[str, Any]:
             SemanticFlow(encoder=encoder, decoder_heads=4, target_dim=384),
             PixelFlow(encoder=ConvSpec(width=96, multipliers=(1, 2), latent_channels=64, patch=8)),
         ],
-        "pixel_decoder": PixelDecoderSpec(width=64, multipliers=(1, 2, 4), blocks=2, latent_channels=64, patch=4),
+        "pixel_decoder": PixelDecoderSpec(
+            width=64, multipliers=(1, 2, 4), blocks=2, latent_channels=64, patch=4
+        ),
         "codebook_size": 8192,
     }
 

@@ -1,7 +1,8 @@
 """TokenFlowModel: image to tokens and back (Sec. 3.2). Wiring only; each part has its own file.
 
-Notable: encoders and quantizer stay float32 whatever the model is cast to, because half-precision features change most
-codes; decoders follow the model's dtype. `forward` is the vision tower that a language model looks through.
+Notable: encoders and quantizer stay float32 whatever the model is cast to, because half-precision features
+change most codes; decoders follow the model's dtype. `forward` is the vision tower that a language model
+looks through.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class TokenFlowEncoderOutput(ModelOutput):
     losses: the quantizer's losses in training mode, else empty.
     """
 
-    indices: Tensor | None = None
-    quantized: Tensor | None = None
+    indices: Tensor = None  # type: ignore[assignment]  # a ModelOutput's fields need defaults
+    quantized: Tensor = None  # type: ignore[assignment]
     losses: dict[str, Tensor] | None = None
 
 
@@ -53,7 +54,7 @@ class TokenFlowDecoderOutput(ModelOutput):
 
 
 class PixelFlowEncoder(nn.Module):
-    """Pixel encoder and the projection to the flow's dimension; resizes the image so that the grids of all flows agree."""
+    """Pixel encoder and projection to the flow's dimension; resizes the image so that all grids agree."""
 
     def __init__(self, spec, dim: int, grid: int):
         super().__init__()
@@ -96,10 +97,12 @@ class TokenFlowPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Covers every module of ours that holds parameters: what is left out here would be left as it was allocated.
+        # Covers every module of ours with parameters: what is left out here stays as it was allocated.
         if isinstance(module, SharedMappingQuantizer):
             for name, codebook in module.codebooks.items():
-                fresh = torch.empty_like(codebook).uniform_(-1 / module.codebook_size, 1 / module.codebook_size)
+                fresh = torch.empty_like(codebook).uniform_(
+                    -1 / module.codebook_size, 1 / module.codebook_size
+                )
                 init.copy_(module.codebooks[name], F.normalize(fresh, dim=-1) if module.l2_norm else fresh)
             if module.update == "ema":
                 init.zeros_(module.cluster_size)
@@ -151,7 +154,9 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             else:
                 encoder = SemanticEncoder(flow)
                 self.encoders[flow.name] = encoder
-                self.semantic_decoders[flow.name] = SemanticDecoder(flow, encoder.tower.width, encoder.tower.base_grid)
+                self.semantic_decoders[flow.name] = SemanticDecoder(
+                    flow, encoder.tower.width, encoder.tower.base_grid
+                )
         single = SharedMappingQuantizer(
             [(flow.name, flow.dim, flow.weight) for flow in flows],
             config.codebook_size,
@@ -174,8 +179,8 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; names of bundled models come first, and weights are loaded as float32 unless `dtype` says
-        otherwise (files are stored in half precision)."""
+        """As in transformers; names of bundled models come first, and weights are loaded as float32 unless
+        `dtype` says otherwise (files are stored in half precision)."""
         from tokenflow.bundled import resolve
 
         kwargs.setdefault("dtype", torch.float32)
@@ -187,17 +192,21 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         decoders = self.semantic_decoders if self.pixel_decoder is None else self.pixel_decoder
         return next(decoders.parameters()).dtype
 
-    # ----------------------------------------------------------------------------------------------------------- encode
+    # encode
     def flow_features(self, pixel_values: Tensor) -> Tensor:
         """The flows' features before quantization, concatenated: `[B, 3, H, W]` to `[B, D, g, g]` float32."""
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
-            raise UserError(f"pixel_values must be [B, 3, {size}, {size}] for this model, got {list(pixel_values.shape)}")
+            raise UserError(
+                f"pixel_values must be [B, 3, {size}, {size}] for this model, got {list(pixel_values.shape)}"
+            )
         x = pixel_values.float()
         features = [encoder(x).float() for encoder in self.encoders.values()]
         for name, feature in zip(self.dims, features, strict=True):
             if feature.shape[-1] != self.config.grid:
-                raise UserError(f"flow {name!r} gives a grid of {feature.shape[-1]}, but scales end at {self.config.grid}")
+                raise UserError(
+                    f"flow {name!r} gives a grid of {feature.shape[-1]}, but scales end at {self.config.grid}"
+                )
         return torch.cat(features, dim=1)
 
     def encode(self, pixel_values: Tensor) -> TokenFlowEncoderOutput:
@@ -218,7 +227,7 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             out = self.quantizer(h)
         return TokenFlowEncoderOutput(indices=out.indices, quantized=out.quantized, losses=out.losses)
 
-    # ----------------------------------------------------------------------------------------------------------- decode
+    # decode
     def decode(self, quantized: Tensor) -> TokenFlowDecoderOutput:
         """A quantized map `[B, D, g, g]` to pixels `[B, 3, H, W]` and semantic features `[B, g * g, T]`."""
         semantic = self.decode_semantic(quantized)
@@ -249,7 +258,8 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             num_scales: decode only the first k scales: coarse, but full-size (progressive decoding).
 
         Raises:
-            UserError: `indices` do not end with a scale, an index is outside the codebook, `num_scales` is out of range.
+            UserError: `indices` do not end with a scale, an index is outside the codebook, `num_scales` is
+                out of range.
         """
         return self.decode(self.quantized_from_indices(indices, num_scales))
 
@@ -264,7 +274,9 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             indices = indices[:, : sum(s * s for s in scales[:num_scales])]
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= self.config.codebook_size:
-            raise UserError(f"indices run from {low} to {high}; this codebook has 0 to {self.config.codebook_size - 1}")
+            raise UserError(
+                f"indices run from {low} to {high}; this codebook has 0 to {self.config.codebook_size - 1}"
+            )
         with no_autocast(indices.device):
             return self.quantizer.quantized(indices)
 
@@ -272,33 +284,35 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         """The parts of the D channels by flow name."""
         return dict(zip(self.dims, x.split(list(self.dims.values()), dim=dim), strict=True))
 
-    # --------------------------------------------------------------------------------------------------------- features
+    # features
     def features(self, pixel_values: Tensor, strategy: FeatureStrategy = "last") -> Tensor:
         """Input of a language model (Sec. 3.4, Tab. 8).
 
         Args:
             pixel_values: as in `encode`.
-            strategy: `"last"`: the final quantized map, `[B, g * g, D]`; `"last-semantic"`: its semantic flows' channels;
-                `"all-residual"`: the code vectors of every scale, `[B, L, D]`; `"all"`: the running sum after each scale,
-                area-reduced to that scale, `[B, L, D]`.
+            strategy: `"last"`: the final quantized map, `[B, g * g, D]`; `"last-semantic"`: its semantic
+                flows' channels; `"all-residual"`: the code vectors of every scale, `[B, L, D]`; `"all"`: the
+                running sum after each scale, area-reduced to that scale, `[B, L, D]`.
         """
         if strategy not in FEATURE_STRATEGIES:
             raise UserError(f"strategy {strategy!r} is not one of {', '.join(FEATURE_STRATEGIES)}")
         encoded = self.encode(pixel_values)
+        indices, maps = encoded.indices, encoded.quantized
         if strategy == "all-residual":
-            return self.quantizer.quantizer.lookup(encoded.indices)
+            return self.quantizer.quantizer.lookup(indices)
         if strategy == "all":
-            sums = self.quantizer.partial_sums(encoded.indices)
+            sums = self.quantizer.partial_sums(indices)
             reduced = [reduce_area(x, s).flatten(2) for x, s in zip(sums, self.config.scales, strict=True)]
             return torch.cat(reduced, dim=2).transpose(1, 2)
-        maps = encoded.quantized
         if strategy == "last-semantic":
             parts = self.split_flows(maps)
-            maps = torch.cat([parts[flow.name] for flow in self.config.flow_specs if flow.kind == "semantic"], dim=1)
+            maps = torch.cat(
+                [parts[flow.name] for flow in self.config.flow_specs if flow.kind == "semantic"], dim=1
+            )
         return maps.flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
-        """The vision tower: features of `config.feature_strategy`, in the dtype that the model was cast to."""
+        """The vision tower: features of `config.feature_strategy`, in the dtype the model was cast to."""
         features = self.features(pixel_values, self.config.feature_strategy).to(self.decoder_dtype)
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
 

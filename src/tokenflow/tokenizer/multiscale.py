@@ -1,4 +1,4 @@
-"""The multi-scale residual schedule over any quantizer (Sec. 3.2, "MSVQ"): 1 x 1, 2 x 2, ... up to the final grid.
+"""The multi-scale residual schedule over any quantizer (Sec. 3.2, "MSVQ"): 1 x 1, 2 x 2, ... final grid.
 
 A schedule with one entry is plain single-scale vector quantization: one code path for both.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,11 @@ class MultiScaleQuantizer(nn.Module):
     """
 
     def __init__(
-        self, quantizer: SharedMappingQuantizer, scales: Sequence[int], drop: float = 0.0, usage_window: int = 131072
+        self,
+        quantizer: SharedMappingQuantizer,
+        scales: Sequence[int],
+        drop: float = 0.0,
+        usage_window: int = 131072,
     ):
         super().__init__()
         self.quantizer = quantizer
@@ -60,7 +65,7 @@ class MultiScaleQuantizer(nn.Module):
         self.scale_usage = nn.ModuleList(CodeUsage(usage_window) for _ in scales)
 
     def forward(self, h: Tensor, dropped: int | None = None) -> MultiScaleOutput:
-        """Quantize `[B, D, g, g]`. `dropped` is the position of a scale to skip; None draws it in training."""
+        """Quantize `[B, D, g, g]`. `dropped` is the position of a scale to skip; in training None draws."""
         if self.training:
             self.quantizer.forget_prepared()
         if self.training and dropped is None:
@@ -81,7 +86,7 @@ class MultiScaleQuantizer(nn.Module):
             indices.append(out.indices)
             losses.append(out.losses)
             if self.training:
-                self.scale_usage[position].update(out.indices)
+                cast(CodeUsage, self.scale_usage[position]).update(out.indices)
         mean_losses = {key: torch.stack([step[key] for step in losses]).mean() for key in losses[0]}
         return MultiScaleOutput(total, torch.cat(indices, dim=1), mean_losses, inputs)
 
@@ -95,7 +100,7 @@ class MultiScaleQuantizer(nn.Module):
             dist.broadcast(choice, src=0)
         return None if choice < 0 else int(choice)
 
-    # ------------------------------------------------------------------------------------------------- from indices alone
+    # from indices alone
     def prefix_scales(self, num_tokens: int) -> list[int]:
         """The scales that `num_tokens` indices cover.
 
@@ -115,11 +120,12 @@ class MultiScaleQuantizer(nn.Module):
         scales = self.prefix_scales(indices.shape[1])
         parts = indices.split([s * s for s in scales], dim=1)
         return [
-            self.quantizer.lookup(part).transpose(1, 2).unflatten(2, (s, s)) for part, s in zip(parts, scales, strict=True)
+            self.quantizer.lookup(part).transpose(1, 2).unflatten(2, (s, s))
+            for part, s in zip(parts, scales, strict=True)
         ]
 
     def quantized(self, indices: Tensor) -> Tensor:
-        """The quantized map `[B, D, g, g]` of `indices`; a prefix of the scales gives a coarse but full-size map."""
+        """The quantized map `[B, D, g, g]` of `indices`; a prefix gives a coarse but full-size map."""
         return self.partial_sums(indices)[-1]
 
     def partial_sums(self, indices: Tensor) -> list[Tensor]:
@@ -133,8 +139,9 @@ class MultiScaleQuantizer(nn.Module):
     def next_scale_inputs(self, indices: Tensor, repredict: int | None = None) -> Tensor:
         """What a next-scale predictor sees before scales 2, 3, ...: `[B, L - 1, D]` from `indices` `[B, L]`.
 
-        The running sum is resized from scale to scale, unlike in `quantized`, which resizes each scale straight to the final
-        grid. `repredict=j` replaces block j by the sum that already holds that scale's own codes (multi-step sampling).
+        The running sum is resized from scale to scale, unlike in `quantized`, which resizes each scale
+        straight to the final grid. `repredict=j` replaces block j by the sum that already holds that scale's
+        own codes (multi-step sampling).
         """
         maps = self.code_maps(indices)
         running, sums, blocks = torch.zeros_like(maps[0]), [], []

@@ -1,12 +1,14 @@
 """The pixel encoder and decoder: the VQGAN layout of the released checkpoints (Sec. A.2).
 
-Notable: downsampling pads right and bottom only (as the released weights expect); attention at the lowest resolution runs
-through `scaled_dot_product_attention`; an optional pixel-unshuffle stem makes small models several times cheaper.
+Notable: downsampling pads right and bottom only (as the released weights expect); attention at the lowest
+resolution runs through `scaled_dot_product_attention`; an optional pixel-unshuffle stem makes small models
+several times cheaper.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +26,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -71,9 +75,13 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention if asked, then a change of resolution."""
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, resample: nn.Module | None):
+    def __init__(
+        self, in_channels: int, channels: int, blocks: int, attention: bool, resample: nn.Module | None
+    ):
         super().__init__()
-        self.res = nn.ModuleList(ResidualBlock(in_channels if i == 0 else channels, channels) for i in range(blocks))
+        self.res = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else channels, channels) for i in range(blocks)
+        )
         self.attn = nn.ModuleList(AttentionBlock(channels) for _ in range(blocks if attention else 0))
         self.resample = resample
 
@@ -86,7 +94,9 @@ class Level(nn.Module):
 
 
 def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+    return nn.Sequential(
+        ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
+    )
 
 
 class PixelEncoder(nn.Module):
@@ -99,7 +109,13 @@ class PixelEncoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3 * spec.patch**2, spec.width, 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(widths[i - 1] if i else spec.width, w, spec.blocks, i == last, None if i == last else Downsample(w))
+            Level(
+                widths[i - 1] if i else spec.width,
+                w,
+                spec.blocks,
+                i == last,
+                None if i == last else Downsample(w),
+            )
             for i, w in enumerate(widths)
         )
         self.mid = middle(widths[-1])
@@ -131,9 +147,9 @@ class PixelDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3 * spec.patch**2, 3, padding=1)
 
     @property
-    def last_layer(self) -> torch.nn.Parameter:
+    def last_layer(self) -> nn.Parameter:
         """The weight that the adaptive adversarial weight looks at."""
-        return self.conv_out.weight
+        return cast(nn.Parameter, self.conv_out.weight)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

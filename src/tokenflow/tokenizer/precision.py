@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 
 class Float32Module(nn.Module):
-    """A module whose floating-point tensors stay float32 through `.to(dtype)`, `.half()` or `.bfloat16()` of any parent.
+    """A module whose floating-point tensors stay float32 through `.to(dtype)`, `.half()` or `.bfloat16()` of
+    any parent.
 
-    Half-precision features change most codes, so encoders and quantizers are kept exact. Casting back afterwards would not
-    do: the weights would already be rounded.
+    Half-precision features change most codes, so encoders and quantizers are kept exact. Casting back
+    afterwards would not do: the weights would already be rounded.
     """
 
     def _apply(self, fn, recurse=True):

@@ -1,7 +1,8 @@
 """SharedMappingQuantizer: several codebooks, one index (Sec. 3.2, Eq. 1 to 3).
 
-Notable: the weighted sum of the flows' distances is one inner product of concatenated vectors, so any number of flows costs
-one nearest-code search; codes learn by gradient or by EMA; usage, EMA and k-means see the batches of all processes.
+Notable: the weighted sum of the flows' distances is one inner product of concatenated vectors, so any
+number of flows costs one nearest-code search; codes learn by gradient or by EMA; usage, EMA and k-means see
+the batches of all processes.
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ class SharedMappingQuantizer(nn.Module):
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
         self.init, self.update, self.ema_decay = init, update, ema_decay
         self.codebooks = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(codebook_size, dim), update == "gradient") for name, dim, _ in flows}
+            {
+                name: nn.Parameter(torch.empty(codebook_size, dim), update == "gradient")
+                for name, dim, _ in flows
+            }
         )
         self.usage = CodeUsage(usage_window)
         if update == "ema":
@@ -115,7 +119,7 @@ class SharedMappingQuantizer(nn.Module):
             if self.l2_norm:
                 codebook.copy_(F.normalize(codebook, dim=-1))
 
-    # ------------------------------------------------------------------------------------------------ vectors and codes
+    # vectors and codes
     def normalize(self, z: Tensor) -> Tensor:
         """Each flow's part of `[..., D]` to unit length (if `l2_norm`)."""
         if not self.l2_norm:
@@ -134,7 +138,7 @@ class SharedMappingQuantizer(nn.Module):
     def prepare(self) -> PreparedCodes:
         """The codes as the search wants them, made again only after a codebook has changed."""
         codebooks = list(self.codebooks.values())
-        # Versions miss writes through `.data`, as EMA helpers do them; tensors of inference mode have none at all.
+        # Versions miss writes through `.data`, as EMA helpers do them; inference tensors have none at all.
         sums = torch.stack([p.detach().sum() for p in codebooks]).tolist()
         key = tuple(
             (p.data_ptr(), 0 if p.is_inference() else p._version, p.device, total)
@@ -147,7 +151,7 @@ class SharedMappingQuantizer(nn.Module):
         return self._prepared[1]
 
     def forget_prepared(self) -> None:
-        """Make the next search look at the codebooks anew. Fused optimizers change them without raising their version."""
+        """Make the next search look at the codebooks anew: fused optimizers do not raise their version."""
         self._prepared = None
 
     def train(self, mode: bool = True) -> SharedMappingQuantizer:
@@ -158,17 +162,19 @@ class SharedMappingQuantizer(nn.Module):
         """Multiply each flow's part of `[..., D]` by the flow's weight."""
         if all(weight == 1.0 for weight in self.weights):
             return z
-        return torch.cat([part * w for part, w in zip(z.split(self.dims, dim=-1), self.weights, strict=True)], dim=-1)
+        return torch.cat(
+            [part * w for part, w in zip(z.split(self.dims, dim=-1), self.weights, strict=True)], dim=-1
+        )
 
     def _bias(self, codes: Tensor) -> Tensor | None:
-        # argmin w |z - e|^2 = argmax w z.e - w |e|^2 / 2; the second term is the same for all codes of unit length
+        # argmin w |z - e|^2 = argmax w z.e - w |e|^2 / 2, whose second term unit-length codes share
         return None if self.l2_norm else -0.5 * self._weigh(codes.square()).sum(-1)
 
     def search(self, z: Tensor) -> Tensor:
         """Indices `[N]` of normalised vectors `[N, D]`; exact in float32, ties to the lowest index."""
         return nearest_code(self._weigh(z), self.prepare())
 
-    # ---------------------------------------------------------------------------------------------------------- forward
+    # forward
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize a map `[B, D, h, w]`."""
         b, _, h, w = z.shape
@@ -198,7 +204,9 @@ class SharedMappingQuantizer(nn.Module):
         def chunk_sums(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
             distance = sum(
                 w * (a.square().sum(-1, keepdim=True) + e.square().sum(-1) - 2 * a @ e.T)
-                for a, e, w in zip(z.split(self.dims, -1), codes.split(self.dims, -1), self.weights, strict=True)
+                for a, e, w in zip(
+                    z.split(self.dims, -1), codes.split(self.dims, -1), self.weights, strict=True
+                )
             )
             return entropy_sums(-distance / self.entropy_temperature)
 
@@ -210,24 +218,28 @@ class SharedMappingQuantizer(nn.Module):
 
     @torch.no_grad()
     def distance_norms(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Mean over vectors `[N, D]` of the sum over codes of the squared distance, per flow: how far the flows' codes
-        spread, which the released code logs. In closed form, without an N x K matrix; needs `l2_norm`."""
+        """Mean over vectors `[N, D]` of the sum over codes of the squared distance, per flow: how far the
+        flows' codes spread, which the released code logs. In closed form, without an N x K matrix; needs
+        `l2_norm`."""
         out, k = {}, self.codebook_size
         for name, z, e in zip(
-            self.names, vectors.double().split(self.dims, -1), self.codes().double().split(self.dims, -1), strict=True
+            self.names,
+            vectors.double().split(self.dims, -1),
+            self.codes().double().split(self.dims, -1),
+            strict=True,
         ):
             # d = 2 - 2 z.e, so sum_k d^2 = 4 (K - 2 z.sum(e) + z' (e'e) z)
             out[name] = 4 * (k - 2 * z @ e.sum(0) + ((z @ (e.T @ e)) * z).sum(-1)).mean()
         return out
 
-    # ---------------------------------------------------------------------------------------- learning without gradients
+    # learning without gradients
     @property
     def wants_initialization(self) -> bool:
         return self.training and self.init == "kmeans" and not bool(self.initialized)
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor, iterations: int = 10) -> None:
-        """Set the codes to k-means centres of vectors `[N, D]` of all processes (weighted by flow, jointly)."""
+        """Set the codes to k-means centres of all processes' vectors `[N, D]` (weighted by flow, jointly)."""
         samples = gather_all(self.normalize(vectors.float()))
         start = draw_means(samples, self.codebook_size)
         if dist.is_available() and dist.is_initialized():
@@ -244,7 +256,9 @@ class SharedMappingQuantizer(nn.Module):
 
     @torch.no_grad()
     def _ema_step(self, vectors: Tensor, indices: Tensor) -> None:
-        count = torch.zeros_like(self.cluster_size).index_add_(0, indices, torch.ones_like(indices, dtype=torch.float32))
+        count = torch.zeros_like(self.cluster_size).index_add_(
+            0, indices, torch.ones_like(indices, dtype=torch.float32)
+        )
         total = vectors.new_zeros(self.codebook_size, vectors.shape[1]).index_add_(0, indices, vectors)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
@@ -260,7 +274,7 @@ class SharedMappingQuantizer(nn.Module):
 
 
 def entropy_sums(affinity: Tensor) -> tuple[Tensor, Tensor]:
-    """For logits `[N, K]`: the sum of the rows' softmax entropies (scalar) and the sum of their probabilities `[K]`."""
+    """For logits `[N, K]`: the sum of the rows' softmax entropies, and of their probabilities `[K]`."""
     log_p = affinity.log_softmax(-1)
     p = log_p.exp()
     return -(p * log_p).sum(), p.sum(0)
@@ -296,7 +310,7 @@ def kmeans(
 
 
 def gather_all(x: Tensor) -> Tensor:
-    """Rows of all processes, concatenated; `x` itself where there is one process. Every process gives as many."""
+    """Rows of all processes, concatenated; `x` itself in a single one. Every process gives as many."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]

@@ -1,17 +1,19 @@
 """Semantic encoders (vision transformers), the semantic decoder, and the frozen teacher (Sec. 3.2).
 
-Notable: any transformers vision model serves as encoder or teacher; CLIP and the semantic decoder resize their positions
-on every forward with the released code's scale factor; SigLIP's unused last layer and head are not even built.
+Notable: any transformers vision model serves as encoder or teacher; CLIP and the semantic decoder resize
+their positions on every forward with the released code's scale factor; SigLIP's unused last layer and head
+are not even built.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPVisionModel, PreTrainedConfig, SiglipVisionModel
+from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import SemanticFlow, vision_config
@@ -20,8 +22,8 @@ from tokenflow.tokenizer.configuration import SemanticFlow, vision_config
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
     """Position embeddings `[1 + g0 * g0, D]` (class token first) for a `grid` x `grid` image.
 
-    Bicubic with scale factor (grid + 0.1) / g0, used as it is for the sampling grid: `size=(grid, grid)` would sample
-    elsewhere and change half of the codes of the released checkpoints.
+    Bicubic with scale factor (grid + 0.1) / g0, used as it is for the sampling grid: `size=(grid, grid)`
+    would sample elsewhere and change half of the codes of the released checkpoints.
     """
     base = round((positions.shape[0] - 1) ** 0.5)
     if grid == base:
@@ -47,7 +49,7 @@ class ImageScaling(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A vision transformer as a map from pixels `[B, 3, H, W]` in [-1, 1] to patch features `[B, g * g, width]`.
+    """A vision transformer: pixels `[B, 3, H, W]` in [-1, 1] to patch features `[B, g * g, width]`.
 
     Class and register tokens are dropped. Layers after `hidden_state` and pooling heads are not built.
     """
@@ -62,14 +64,22 @@ class VisionTower(nn.Module):
     ):
         super().__init__()
         if hidden_state >= 0 or (final_norm and hidden_state != -1):
-            raise UserError(f"hidden_state {hidden_state}: give -1 (last), or -2, -3, ... with final_norm=False")
+            raise UserError(
+                f"hidden_state {hidden_state}: give -1 (last), or -2, -3, ... with final_norm=False"
+            )
         config = copy.deepcopy(vision_config(encoder))
         config.num_hidden_layers = config.num_hidden_layers + 1 + hidden_state
         if isinstance(getattr(config, "vision_use_head", None), bool):
             config.vision_use_head = False  # the pooling head is never read
-        self.model = AutoModel.from_config(config) if encoder["model_type"] != "tokenflow_vitamin" else _vitamin(config)
+        self.model: Any = (  # a transformers vision model
+            AutoModel.from_config(config)
+            if encoder["model_type"] != "tokenflow_vitamin"
+            else _vitamin(config)
+        )
         self.final_norm = final_norm
-        self.scaling = nn.Identity() if image_mean is None else ImageScaling(image_mean, image_std or (1.0, 1.0, 1.0))
+        self.scaling = (
+            nn.Identity() if image_mean is None else ImageScaling(image_mean, image_std or (1.0, 1.0, 1.0))
+        )
         self.width: int = config.hidden_size
         self.patch_size: int = config.patch_size
         # The grid that positions are stored for; SigLIP 2 gives it as a number of patches.
@@ -99,30 +109,34 @@ class VisionTower(nn.Module):
         return self.model.post_layernorm(h) if self.final_norm else h
 
     def _inputs(self, x: Tensor, grid: int) -> dict[str, Tensor | bool]:
-        if self.model.config.model_type == "siglip2_vision_model":  # takes flat patches, rows of (y, x, channel)
+        if self.model.config.model_type == "siglip2_vision_model":
+            # takes flat patches, rows of (y, x, channel)
             p = self.patch_size
-            flat = F.unfold(x[..., : grid * p, : grid * p], p, stride=p).unflatten(1, (3, p * p))  # [B, 3, p*p, N]
+            flat = F.unfold(x[..., : grid * p, : grid * p], p, stride=p)
+            flat = flat.unflatten(1, (3, p * p))  # [B, 3, p*p, N]
             shapes = torch.full((x.shape[0], 2), grid, dtype=torch.long, device=x.device)
             mask = torch.ones(x.shape[0], grid * grid, dtype=torch.long, device=x.device)
             patches = flat.permute(0, 3, 2, 1).flatten(2)
             return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-        if grid != self.base_grid and self.model.config.model_type == "vit":  # others interpolate without being asked
+        if grid != self.base_grid and self.model.config.model_type == "vit":  # others need not be asked
             return {"pixel_values": x, "interpolate_pos_encoding": True}
         return {"pixel_values": x}
 
 
-def _vitamin(config: PreTrainedConfig) -> nn.Module:
+def _vitamin(config: Any) -> nn.Module:
     from tokenflow.tokenizer.vitamin import ViTaminModel
 
     return ViTaminModel(config)
 
 
 class SemanticEncoder(nn.Module):
-    """Vision tower and encoding head: pixels `[B, 3, H, W]` to the feature `[B, dim, g, g]` that is quantized."""
+    """Vision tower and encoding head: pixels `[B, 3, H, W]` to the feature `[B, dim, g, g]` to quantize."""
 
     def __init__(self, flow: SemanticFlow):
         super().__init__()
-        self.tower = VisionTower(flow.encoder, flow.hidden_state, flow.final_norm, flow.image_mean, flow.image_std)
+        self.tower = VisionTower(
+            flow.encoder, flow.hidden_state, flow.final_norm, flow.image_mean, flow.image_std
+        )
         width = self.tower.width
         self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, flow.dim))
 
@@ -186,8 +200,8 @@ class SemanticDecoder(nn.Module):
 class SemanticTeacher(nn.Module):
     """The frozen network whose patch features the semantic decoder learns to give back (Sec. 3.2).
 
-    Always in eval mode and without gradients. For CLIP the target is the projected, normed patch tokens `[B, g * g, 512]`
-    of normalised pixels; for other towers it is the patch feature itself.
+    Always in eval mode and without gradients. For CLIP the target is the projected, normed patch tokens
+    `[B, g * g, 512]` of normalised pixels; for other towers it is the patch feature itself.
 
     Args:
         tower: the vision model.
@@ -218,8 +232,8 @@ class SemanticTeacher(nn.Module):
     ) -> SemanticTeacher:
         """A teacher from a transformers vision model's folder or hub name.
 
-        `image_mean` and `image_std` default to those of the folder's image processor, which the teacher needs even where
-        the student sees the pixels as they are.
+        `image_mean` and `image_std` default to those of the folder's image processor, which the teacher needs
+        even where the student sees the pixels as they are.
         """
         from transformers import AutoConfig, CLIPVisionModelWithProjection
 
@@ -247,7 +261,9 @@ def load_tower(tower: VisionTower, weights: dict[str, Tensor]) -> None:
     wanted = tower.model.state_dict()
     missing = sorted(set(wanted) - set(weights))
     if missing:
-        raise UserError(f"vision model lacks {len(missing)} weights, such as {missing[0]}; is it of another family?")
+        raise UserError(
+            f"vision model lacks {len(missing)} weights, such as {missing[0]}; is it of another family?"
+        )
     tower.model.load_state_dict({key: weights[key] for key in wanted})
 
 
