@@ -111,6 +111,20 @@ def test_class_embeddings_are_read_with_their_names(tmp_path):
     assert names == ["cat", "dog", "car"]
 
 
+def test_the_classes_of_one_set_are_read_from_a_teachers_file(tmp_path):
+    birds, cars = torch.randn(2, 24), torch.randn(3, 24)
+    metadata = {
+        "birds": json.dumps({"ids": [0, 1], "names": ["owl", "duck"]}),
+        "cars": json.dumps({"ids": [2, 0, 1], "names": ["van", "jeep", "limousine"]}),
+    }
+    save_file({"birds": birds, "cars": cars}, tmp_path / "c.safetensors", metadata=metadata)
+    embeddings, names = semantics.read_class_embeddings(tmp_path / "c.safetensors", "cars")
+    assert names == ["jeep", "limousine", "van"]  # in the order of the labels
+    assert torch.equal(embeddings, cars[[1, 2, 0]])
+    with pytest.raises(UserError, match="not a class embedding file"):
+        semantics.read_class_embeddings(tmp_path / "c.safetensors", "planes")
+
+
 def test_files_that_are_no_class_embeddings_are_refused(tmp_path):
     with pytest.raises(UserError, match="3 names for embeddings"):
         semantics.read_class_embeddings(embeddings_file(tmp_path / "a.safetensors", rows=2))

@@ -122,28 +122,36 @@ def judge(
     return metrics
 
 
-def read_class_embeddings(path: str | Path) -> tuple[Tensor, list[str]]:
-    """Text embeddings [C, T] and the C class names of a `class_embeddings.safetensors`.
+def read_class_embeddings(path: str | Path, pack: str | None = None) -> tuple[Tensor, list[str]]:
+    """Text embeddings [C, T] (row i for label i) and the C class names of a `class_embeddings.safetensors`.
+
+    Two layouts are read: the tensor "embeddings" with a JSON list in metadata "names", as models ship it;
+    and one tensor for each labelled set with metadata {"ids", "names"} under the same name, as the training
+    of a teacher leaves it, of which `pack` chooses one.
 
     Raises:
-        UserError: the file is missing, or lacks the tensor "embeddings" or one name per row in metadata
-        "names".
+        UserError: the file is missing, has neither layout, or not one name per row.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            embeddings = file.get_tensor("embeddings")
-            names = json.loads((file.metadata() or {})["names"])
+            key = "embeddings" if "embeddings" in file.keys() else str(pack)  # noqa: SIM118 (not a dict)
+            embeddings, metadata = file.get_tensor(key), file.metadata() or {}
+            classes = (
+                {"names": json.loads(metadata["names"])} if key == "embeddings" else json.loads(metadata[key])
+            )
+            names, ids = classes["names"], classes.get("ids", list(range(len(classes["names"]))))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{path}: not a class embedding file (tensor 'embeddings', metadata 'names')"
         ) from error
-    if embeddings.ndim != 2 or len(names) != len(embeddings):
+    if embeddings.ndim != 2 or len(names) != len(embeddings) or sorted(ids) != list(range(len(names))):
         raise UserError(f"{path}: {len(names)} names for embeddings of shape {list(embeddings.shape)}")
-    return embeddings.float(), names
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return embeddings.float()[order], [names[row] for row in order]
 
 
 def evaluate_semantics(
@@ -219,7 +227,7 @@ def run(options: SemanticsEval) -> report.Result:
         teacher.to(device)
         settings["teacher_sha256"] = report.model_fingerprint(teacher, "teacher")["sha256"]
     if options.class_embeddings is not None:
-        embeddings, _ = read_class_embeddings(options.class_embeddings)
+        embeddings, _ = read_class_embeddings(options.class_embeddings, Path(options.data).name)
         settings["class_embeddings_sha256"] = report.file_sha256(options.class_embeddings)
     result = evaluate_semantics(
         model,
