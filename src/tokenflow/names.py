@@ -9,7 +9,7 @@ from tokenflow.errors import UserError
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a `name` that is not among `known`, e.g. `unknown preset 'tokenflow-x'; did you mean ...?`."""
+    """The error for a `name` not among `known`: `unknown preset 'tokenflow-x'; did you mean ...?`."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"

@@ -55,7 +55,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """All that page and sheet show; `colours` gives each code an RGB colour, `[K, 3]` in 0 to 255."""
+    """All that page and sheet show.
+
+    Attributes:
+        colours: an RGB colour for each code, `[K, 3]` uint8.
+        class_count: how many class names the nearest ones were chosen from.
+        two_meanings: the model has semantic and pixel flows.
+        seconds: to encode and decode one picture, the median.
+    """
 
     shown: list[Shown]
     model: str
@@ -64,6 +71,7 @@ class Demonstration:
     scales: list[int]
     colours: Tensor
     class_count: int
+    two_meanings: bool
     seconds: float
 
     @property
@@ -137,6 +145,7 @@ def demonstrate(paths: Sequence[Path], loaded: Loaded, best: int = 5) -> Demonst
         scales=list(config.scales),
         colours=code_colours(model.quantizer.quantizer.codes()),
         class_count=len(names),
+        two_meanings={flow.kind for flow in config.flow_specs} == {"semantic", "pixel"},
         seconds=median(seconds),  # the first picture also warms up
     )
 

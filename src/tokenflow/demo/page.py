@@ -38,6 +38,7 @@ def write_page(found: Demonstration, path: Path) -> None:
         milliseconds=f"{1000 * found.seconds:,.0f}",
         psnr=f"{sum(shown.psnr for shown in found.shown) / len(found.shown):.1f}",
         classes=found.class_count,
+        meanings="" if found.two_meanings else "hidden",
         semantic="" if found.class_count else "hidden",
         cards="\n".join(_card(found, shown) for shown in found.shown),
         credits="" if {shown.name for shown in found.shown} <= known else "hidden",
