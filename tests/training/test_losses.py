@@ -287,3 +287,48 @@ def test_build_tokenizer_loss():
         build_tokenizer_loss(LossConfig(), 224)
     with pytest.raises(UserError, match="adaptive_weight=True needs a discriminator"):
         build_tokenizer_loss(LossConfig(adaptive_weight=True, discriminator="none"), 224)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+class DiscriminatorStep(nn.Module):
+    """What a loop wraps, so that gradients of the raw network are averaged."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.network = loss.discriminator_network
+        self.call = loss.discriminator
+
+    def forward(self, images, reconstruction):
+        return self.call(images, reconstruction, step=START)[0]
+
+
+def two_process_worker(rank, store, images, reconstruction, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    loss = build_tokenizer_loss(dataclasses.replace(CONFIG, discriminator="stylegan"), 16)
+    step = nn.parallel.DistributedDataParallel(DiscriminatorStep(loss))
+    half = slice(2 * rank, 2 * rank + 2)
+    fake = reconstruction[half].clone().requires_grad_()
+    loss.generator(images[half], fake, step=START)[0].backward()  # between the wrapper's steps, unwrapped
+    step(images[half], fake).backward()
+    if rank == 1:
+        gradients = [p.grad for p in loss.discriminator_network.parameters()]
+        torch.save((gradients, fake.grad), out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_the_whole_batch(batch, tmp_path):
+    images, reconstruction = batch[0], batch[1].detach()
+    arguments = (str(tmp_path / "store"), images, reconstruction, str(tmp_path / "out.pt"))
+    torch.multiprocessing.spawn(two_process_worker, args=arguments, nprocs=2)
+    gradients, fake_gradient = torch.load(tmp_path / "out.pt", weights_only=True)
+    torch.manual_seed(0)
+    loss = build_tokenizer_loss(dataclasses.replace(CONFIG, discriminator="stylegan"), 16)
+    fake = reconstruction.clone().requires_grad_()
+    loss.generator(images, fake, step=START)[0].backward()
+    loss.discriminator(images, fake, step=START)[0].backward()
+    torch.testing.assert_close(fake_gradient / 2, fake.grad[2:])
+    for actual, parameter in zip(gradients, loss.discriminator_network.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter.grad, rtol=1e-4, atol=1e-6)

@@ -139,7 +139,6 @@ class VGG16Features(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised pixels ``[B, 3, H, W]`` to the maps after relu1_2, 2_2, 3_3, 4_3, 5_3."""
-        x = x.contiguous(memory_format=torch.channels_last)  # faster than NCHW by a third in fp32 and bf16
         maps = []
         for stage in self.children():
             x = stage(x)
@@ -282,9 +281,13 @@ class VGG16TrunkDistance(FrozenDistance):
 
     def distance(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.no_grad():
-            targets = self.net(self.scaling_layer(images))
-        maps = self.net(self.scaling_layer(reconstruction))
+            targets = self._maps(images)
+        maps = self._maps(reconstruction)
         return torch.stack([normalized_difference(a, b) for a, b in zip(targets, maps, strict=True)]).mean(0)
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        # Half as fast again as NCHW. Not in LPIPS: other roundings flip ReLUs and leave the goldens.
+        return self.net(self.scaling_layer(x).contiguous(memory_format=torch.channels_last))
 
 
 class FeatureDistance(FrozenDistance):
