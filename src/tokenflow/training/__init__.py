@@ -1,1 +1,1 @@
-"""Training: losses, the loop and checkpoints. Import the modules by name; importing this room loads nothing."""
+"""Training: losses, the loop and checkpoints. Importing this room loads nothing; import its modules by name."""
