@@ -1,1 +1,1 @@
-"""Training: losses, the loop and checkpoints. Importing this room loads nothing; import its modules by name."""
+"""Training: losses, the loop and checkpoints. Importing this room loads nothing; import modules by name."""
