@@ -194,6 +194,8 @@ def test_sets_without_labels_and_with_too_many_are_refused(small_model_folder, t
     with pytest.raises(UserError, match=r"needs a column 'label' of integers.*columns are caption"):
         semantics.run(options)
     write_pack(data / "train.parquet", 8)
+    with pytest.raises(UserError, match="no model folder at /no/teacher"):
+        semantics.run(SemanticsEval(data=str(data), model=str(small_model_folder), teacher="/no/teacher"))
     few = embeddings_file(tmp_path / "c.safetensors")
     with pytest.raises(UserError, match="3 class embeddings for labels up to 3"):
         semantics.run(SemanticsEval(data=str(data), model=str(small_model_folder), class_embeddings=str(few)))

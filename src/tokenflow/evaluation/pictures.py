@@ -64,18 +64,6 @@ def labels_of(rows: list[dict[str, Any]], source: Any) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises `UserError` for devices that do not exist."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: not available; write auto, cpu, cuda or cuda:N") from error
-    return device
-
-
 @contextmanager
 def eval_mode(model: nn.Module | str) -> Iterator[None]:
     """Eval mode inside the block, the former mode after it: in training mode a tokenizer may skip a scale."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -208,22 +208,21 @@ def evaluate_reconstruction(
 def run(options: ReconstructionEval) -> report.Result:
     """What `tokenflow eval reconstruction` does: load, measure, write the JSON where asked. Prints nothing
     but progress."""
+    from tokenflow.codec import load
     from tokenflow.tokenizer.configuration import TokenFlowConfig
-    from tokenflow.tokenizer.modeling import TokenFlowModel
 
-    device = pictures.pick_device(options.device)
+    subject: TokenFlowModel | str
+    if options.baseline is not None:
+        subject, device = options.baseline, torch.device("cpu")
+        image_size = TokenFlowConfig.from_pretrained(options.model).image_size
+    else:
+        subject = load(options.model, device=options.device, dtype=options.dtype).model
+        device, image_size = subject.device, subject.config.image_size
     distances, settings = perceptual_distances(options, device)
     inception = None
     if options.inception is not None:
         inception = FidInception.from_file(options.inception).to(device)
         settings["inception_sha256"] = report.file_sha256(options.inception)
-    if options.baseline is not None:
-        subject: TokenFlowModel | str = options.baseline
-        image_size = TokenFlowConfig.from_pretrained(options.model).image_size
-    else:
-        model = TokenFlowModel.from_pretrained(options.model)
-        cast(torch.nn.Module, model).to(device=device, dtype=getattr(torch, options.dtype))
-        subject, image_size = model, model.config.image_size
     result = evaluate_reconstruction(
         subject,
         Source(options.data, split=options.split),

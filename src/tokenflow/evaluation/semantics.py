@@ -214,17 +214,16 @@ def evaluate_semantics(
 def run(options: SemanticsEval) -> report.Result:
     """What `tokenflow eval semantics` does: load, measure, write the JSON where asked. Prints nothing but
     progress."""
-    from tokenflow.tokenizer.modeling import TokenFlowModel
+    from tokenflow.bundled import resolve
+    from tokenflow.codec import load
     from tokenflow.tokenizer.semantic import SemanticTeacher
 
-    device = pictures.pick_device(options.device)
-    model = TokenFlowModel.from_pretrained(options.model).eval()
-    model.to(device)
+    model = load(options.model, device=options.device).model
     teacher, embeddings = None, None
     settings: dict[str, Any] = {}
     if options.teacher is not None:
-        teacher = SemanticTeacher.from_pretrained(options.teacher)
-        teacher.to(device)
+        teacher = SemanticTeacher.from_pretrained(resolve(options.teacher))
+        teacher.to(model.device)
         settings["teacher_sha256"] = report.model_fingerprint(teacher, "teacher")["sha256"]
     if options.class_embeddings is not None:
         embeddings, _ = read_class_embeddings(options.class_embeddings, Path(options.data).name)
