@@ -52,7 +52,9 @@ def test_single_call(tag, entropy_weight):
     if entropy_weight:
         torch.testing.assert_close(out.losses["entropy"], entropy, atol=ATOL, rtol=0)
     norms = model.distance_norms(model.normalize(z.detach().movedim(1, -1).flatten(0, 2)))
-    torch.testing.assert_close(torch.stack(list(norms.values())), golden[f"{tag}_scalars"][4:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.stack(list(norms.values())), golden[f"{tag}_scalars"][4:], rtol=1e-5, atol=0
+    )
 
     parameters = [z, model.codebooks["semantic"], model.codebooks["pixel"]]
     gradients = torch.autograd.grad(sum(out.losses.values()), parameters, retain_graph=True)
@@ -104,7 +106,9 @@ def test_multiscale(tag, dropped, entropy_weight):
         list(single.distance_norms(single.normalize(z.detach().movedim(1, -1).flatten(0, 2))).values())
         for z in out.scale_inputs
     ]
-    torch.testing.assert_close(torch.tensor(norms), golden[f"{tag}_per_scale"][:, 4:], rtol=1e-5, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        torch.tensor(norms), golden[f"{tag}_per_scale"][:, 4:], rtol=1e-5, atol=0, check_dtype=False
+    )
     parameters = [h, single.codebooks["semantic"], single.codebooks["pixel"]]
     gradients = torch.autograd.grad(sum(out.losses.values()), parameters, retain_graph=True)
     for gradient, name in zip(gradients, ("h", "embedding_vqkd", "embedding_vqgan"), strict=True):
@@ -138,10 +142,16 @@ def test_norm_ema():
         out = model(z)
         assert set(out.losses) == {"commitment"}
         assert torch.equal(out.indices.flatten(), golden[f"{step}_indices"].long())
-        torch.testing.assert_close(out.losses["commitment"].double(), golden[f"{step}_loss"], atol=ATOL, rtol=0)
+        torch.testing.assert_close(
+            out.losses["commitment"].double(), golden[f"{step}_loss"], atol=ATOL, rtol=0
+        )
         assert_gradient(torch.autograd.grad(out.losses["commitment"], z)[0], golden[f"{step}_grad_z"])
-        torch.testing.assert_close(model.codebooks["semantic"].detach(), golden[f"{step}_weight_after"], atol=ATOL, rtol=0)
-        torch.testing.assert_close(model.cluster_size, golden[f"{step}_cluster_size_after"], atol=ATOL, rtol=0)
+        torch.testing.assert_close(
+            model.codebooks["semantic"].detach(), golden[f"{step}_weight_after"], atol=ATOL, rtol=0
+        )
+        torch.testing.assert_close(
+            model.cluster_size, golden[f"{step}_cluster_size_after"], atol=ATOL, rtol=0
+        )
 
 
 def test_kmeans_then_ema():
@@ -164,5 +174,9 @@ def test_kmeans_then_ema():
         out = model(z)
         assert torch.equal(out.indices.flatten(), golden[f"{step}_indices"].long())
         torch.testing.assert_close(out.quantized.detach(), golden[f"{step}_z_q"][:, :32], atol=ATOL, rtol=0)
-        torch.testing.assert_close(model.codebooks["semantic"].detach(), golden[f"{step}_weight_after"], atol=ATOL, rtol=0)
-        torch.testing.assert_close(model.cluster_size, golden[f"{step}_cluster_size_after"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model.codebooks["semantic"].detach(), golden[f"{step}_weight_after"], atol=ATOL, rtol=0
+        )
+        torch.testing.assert_close(
+            model.cluster_size, golden[f"{step}_cluster_size_after"], atol=1e-4, rtol=0
+        )
