@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -99,7 +99,7 @@ def encode_files(
     for batch in _batches(paths, batch_size, "encode"):
         pictures = [read_image(path) for path in batch]
         sizes += [picture.size for picture in pictures]
-        parts.append(cast(Tensor, loaded.model.encode(loaded.pixels(pictures)).indices).cpu())
+        parts.append(loaded.model.encode(loaded.pixels(pictures)).indices.cpu())
     config = loaded.model.config
     tokens = TokenFile(
         indices=torch.cat(parts),
@@ -181,7 +181,7 @@ def reconstruct_files(
     pairs: list[tuple[Image.Image, Image.Image]] = []
     for batch in _batches(range(len(paths)), batch_size, "reconstruct"):
         pixels = loaded.pixels([read_image(paths[i]) for i in batch])
-        rebuilt = loaded.model.decode_pixels(cast(Tensor, loaded.model.encode(pixels).quantized))
+        rebuilt = loaded.model.decode_pixels(loaded.model.encode(pixels).quantized)
         pictures = loaded.processor.postprocess(rebuilt)
         pairs += zip(loaded.processor.postprocess(pixels), pictures, strict=True)
         for i, picture in zip(batch, pictures, strict=True):

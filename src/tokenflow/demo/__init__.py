@@ -116,7 +116,7 @@ def demonstrate(paths: Sequence[Path], loaded: Loaded, best: int = 5) -> Demonst
     for path in tqdm(paths, desc="demo", unit="photo", disable=None):
         pixels = loaded.pixels([read_image(path)])
         started = time.perf_counter()
-        indices = cast(Tensor, model.encode(pixels).indices)
+        indices = model.encode(pixels).indices
         decoded = model.decode_indices(indices)
         seconds.append(time.perf_counter() - started)
         prefixes = [model.quantized_from_indices(indices, k) for k in range(1, len(config.scales))]
