@@ -205,6 +205,14 @@ def test_a_full_disk_leaves_no_half_file(run, tmp_path):
     assert not leftovers(tmp_path)
 
 
+def test_a_hub_name_is_looked_up_and_not_taken_for_a_path(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (["info", "someone/their-model"], ["decode", "t", "-o", "x", "-m", "someone/their-model"]):
+        photo().save("a.png")
+        run("encode", "a.png", "-o", "t", "-m", "{model}")
+        assert "cannot load model someone/their-model" in the_error(run(*command))
+
+
 def test_unknown_models_and_other_folders_are_explained(run, tmp_path):
     photo().save("a.png")
     Path("llama").mkdir()

@@ -216,7 +216,7 @@ def describe(name: str) -> dict[str, str]:
         }
     folder = Path(resolve(name))
     try:
-        config = TokenFlowConfig.from_pretrained(folder)
+        config = TokenFlowConfig.from_pretrained(name)  # a hub name, too, which is no path
     except UserError:
         raise
     except (OSError, ValueError) as error:
