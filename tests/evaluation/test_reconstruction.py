@@ -95,7 +95,7 @@ def test_reference_hash_sees_pixels_and_order_but_not_batches():
     whole, chunks = (measure(real.split(n), keep)[1] for n in (6, 4))
     assert whole == chunks
     assert whole["pictures"] == 6
-    assert measure([real.flip(0)], keep)[1]["reference_sha256"] != whole["reference_sha256"]
+    assert measure([real.flip(0)], keep)[1]["sha256"] != whole["sha256"]
     with pytest.raises(UserError, match="evaluation set is empty"):
         measure([], keep)
 
@@ -207,7 +207,7 @@ def test_baselines_and_models_on_the_same_pictures_can_be_compared(photographs, 
     assert shrink["metrics"]["PSNR (dB)"] > 20
     assert "codebook usage" not in shrink["metrics"]
     report.refuse_different([model, shrink])
-    with pytest.raises(UserError, match=r"reference / pictures \(3 / 7\).*reference_sha256"):
+    with pytest.raises(UserError, match=r"reference / pictures \(3 / 7\).*sha256"):
         report.refuse_different([model, run(dataclasses.replace(options, limit=None))])
     with pytest.raises(UserError, match=r"dtype \(float32 / bfloat16\)"):
         report.refuse_different([model, run(dataclasses.replace(options, dtype="bfloat16"))])

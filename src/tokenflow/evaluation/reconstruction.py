@@ -103,7 +103,7 @@ def measure(
         inception: adds rFID where given.
 
     Returns:
-        the metrics, and what was measured on: `pictures` and `reference_sha256` (of the prepared pixels, so
+        the metrics, and what was measured on: `pictures` and `sha256` (of the prepared pixels, so
         that any difference in crop, resize, decoding or order shows).
     """
     distances = distances or {}
@@ -133,7 +133,7 @@ def measure(
         metrics["rFID"] = frechet_distance(mean, covariance, fake_mean, fake_covariance)
     if usage is not None:
         metrics["codebook usage"] = usage.compute()
-    return metrics, {"pictures": pictures, "reference_sha256": digest.hexdigest()}
+    return metrics, {"pictures": pictures, "sha256": digest.hexdigest()}
 
 
 def evaluate_reconstruction(

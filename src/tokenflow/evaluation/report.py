@@ -131,4 +131,5 @@ def refuse_different(results: Sequence[Result]) -> None:
 
 
 def _caption(fingerprint: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {str(value)[:32]}" for name, value in flatten(fingerprint))
+    fields = flatten(fingerprint)
+    return ", ".join(f"{name} {str(value)[:12] if 'sha256' in name else value}" for name, value in fields)

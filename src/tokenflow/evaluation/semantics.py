@@ -194,7 +194,7 @@ def evaluate_semantics(
             features = collect(model, _labelled(images, batch_size, digest), teacher)
             splits.append(features)
             about = pictures.fingerprint(images, side)
-            about["reference"] |= {"pictures": len(features.labels), "reference_sha256": digest.hexdigest()}
+            about["reference"] |= {"pictures": len(features.labels), "sha256": digest.hexdigest()}
             prints.append(about)
     train, val = splits
     classes = int(max(train.labels.max(), val.labels.max())) + 1
