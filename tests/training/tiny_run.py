@@ -95,8 +95,8 @@ def log_lines(recipe: TrainRecipe) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if "total" in line]
 
 
-def start_training(recipe: TrainRecipe, processes: int = 1) -> subprocess.Popen:
-    """Train in a process (or several, by torchrun) of its own."""
+def start_training(recipe: TrainRecipe) -> subprocess.Popen:
+    """Train in a process of its own."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -104,11 +104,9 @@ def start_training(recipe: TrainRecipe, processes: int = 1) -> subprocess.Popen:
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command = [sys.executable, __file__]
     return subprocess.Popen(
-        [*command, __file__], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

@@ -7,6 +7,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def whole(t: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may have sharded."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 class WeightAverage:
@@ -49,10 +55,7 @@ class WeightAverage:
 
     def full_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's whole state dict `weights` with the averages in place of the trained parameters."""
-        averages = {
-            name: (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
-            for name, t in self.averages.items()
-        }
+        averages = {name: whole(t).cpu() for name, t in self.averages.items()}
         return {**weights, **{name: t for name, t in averages.items() if name in weights}}
 
     @torch.no_grad()

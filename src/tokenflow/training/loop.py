@@ -11,6 +11,7 @@ import logging
 import random
 import re
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ from tokenflow.tokenizer.modeling import TokenFlowModel
 from tokenflow.tokenizer.pixel import PixelDecoder, PixelEncoder
 from tokenflow.tokenizer.quantizer import CodeUsage
 from tokenflow.training import checkpointing
-from tokenflow.training.averaging import WeightAverage
+from tokenflow.training.averaging import WeightAverage, whole
 from tokenflow.training.losses import TokenizerLoss
 from tokenflow.training.progress import LogFile, StopRequest, lr_factor
 from tokenflow.training.recipe import TrainRecipe
@@ -56,6 +57,7 @@ from tokenflow.training.tokenizer import (
 )
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # by the newest torch only
 SHOWN = ("total", "reconstruction", "perceptual", "adversarial", "semantic")  # in the progress bar
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -95,6 +97,7 @@ class Trainer:
         AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.accelerator = accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # unasked, accelerate would not join the processes of torchrun
             log_with=list(recipe.trackers) or None,
             project_dir=recipe.output_dir,
             # Usage windows and EMA codebooks are the same on all processes already.
@@ -199,9 +202,11 @@ class Trainer:
                 stop.check(self.accelerator)
             if saved != self.step or self.step == 0:
                 self.save()
+            if self.step % recipe.sample_every:
                 self.sample()
         bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return TrainResult(self.step, stop.reason or "steps", self.folder / "export")
 
     def train_step(self) -> None:
@@ -221,7 +226,7 @@ class Trainer:
         finite = self.gate(self.optimizer, norm)
         if finite:
             self.average.update()
-        logs["gradient_norm"] = norm
+        logs["gradient_norm"] = whole(norm)
 
         if finite and self.discriminator is not None and self.losses.adversarial_weight(self.step):
             for part, (images, reconstruction) in enumerate(pairs):
@@ -248,7 +253,7 @@ class Trainer:
 
     def gate(self, optimizer: Any, norm: Tensor) -> bool:
         """Step the optimizer if the gradient norm is finite. The norm is of averaged gradients, hence the same everywhere."""
-        finite = bool(norm.isfinite())
+        finite = bool(whole(norm).isfinite())
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -429,7 +434,9 @@ class Trainer:
         logger.info("going on from %s", folder)
 
     def close(self) -> None:
+        """Stop the loader's workers and leave the group of processes."""
         self.loader.close()
+        self.accelerator.end_training()
 
 
 def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:

@@ -21,7 +21,10 @@ from tokenflow.training.losses import TokenizerLoss, build_tokenizer_loss
 from tokenflow.training.recipe import ModelRecipe, TrainRecipe
 
 
-# --------------------------------------------------------------------------------------------------- from the recipe
+SHARDED_BLOCKS = {"Block", "Level", "CLIPEncoderLayer", "SiglipEncoderLayer", "ViTaminBlock", "ViTaminConvBlock"}
+
+
+# --------------------------------------------------------------------------------------------- from the recipe
 def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
     """The tokenizer's configuration: the recipe's preset (or a folder's config.json) with the recipe's changes.
 
@@ -167,6 +170,9 @@ class GeneratorStep(nn.Module):
         self.model = model
         # Not submodules: they are not trained here, so no wrapper may shard, average or save them with the model.
         self.frozen = (losses, teacher)
+        # What FSDP2 shards one by one, if the model has it.
+        present = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = sorted(present & SHARDED_BLOCKS)
         self.decoder_only = not any(p.requires_grad for p in model.encoders.parameters())
         self.train()
 
