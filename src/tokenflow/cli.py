@@ -25,7 +25,7 @@ from tokenflow.errors import UserError
 from tokenflow.evaluation.options import ReconstructionEval, SemanticsEval
 from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
-from tokenflow.recipes.teacher import tokenflow_tiny_teacher
+from tokenflow.recipes.teacher import TEACHER_RECIPES
 
 Dtype = Literal["float32", "bfloat16"]
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -202,13 +202,18 @@ def _train_tokenizer(recipe: Any) -> None:
     from tokenflow.training.loop import train_tokenizer
 
     done = train_tokenizer(recipe)
-    print(f"step {done.step} (stopped by {done.stopped_by}); the model: {done.export}")
+    _say_once(f"step {done.step} (stopped by {done.stopped_by}); the model: {done.export}")
 
 
 def _train_teacher(recipe: Any) -> None:
     from tokenflow.training.teacher import train_teacher
 
-    train_teacher(recipe)
+    _say_once(f"the teacher: {train_teacher(recipe)}")
+
+
+def _say_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process
+        print(text)
 
 
 def demo(
@@ -243,7 +248,7 @@ COMMANDS: dict[str, Any] = {
     "convert": convert,
     "train": {
         "tokenizer": {name: _training(make, _train_tokenizer) for name, make in RECIPES.items()},
-        "teacher": {"tokenflow-tiny-teacher": _training(tokenflow_tiny_teacher, _train_teacher)},
+        "teacher": {name: _training(make, _train_teacher) for name, make in TEACHER_RECIPES.items()},
     },
     "eval": {"reconstruction": eval_reconstruction, "semantics": eval_semantics, "compare": eval_compare},
 }
