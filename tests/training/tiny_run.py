@@ -1,4 +1,4 @@
-"""What the training tests share: a tiny data set, teacher and recipe; and a process that trains by a pickled recipe."""
+"""What the training tests share: a tiny data set, teacher and recipe; and a process that trains by one."""
 
 from __future__ import annotations
 

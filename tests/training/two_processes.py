@@ -109,7 +109,9 @@ def main(folder: Path) -> None:
     found["average_equal"] = all_equal(trainer.average.averages)
 
     # 2. with a discriminator from the first step, k-means and EMA codebooks
-    adversarial = LossConfig(perceptual="none", discriminator_start=0, discriminator_layers=1, discriminator_width=8)
+    adversarial = LossConfig(
+        perceptual="none", discriminator_start=0, discriminator_layers=1, discriminator_width=8
+    )
     recipe = tiny_recipe(folder, "adversarial", loss=adversarial, steps=2)
     recipe = replace(recipe, model=replace(recipe.model, codebook_init="kmeans", codebook_update="ema"))
     trainer = Trainer(recipe)

@@ -1,4 +1,4 @@
-"""Recipes: one typed function a training run. They only state values; importing them loads neither torch nor transformers.
+"""Recipes: one typed function a training run. They only state values; importing them loads no torch.
 
 tokenflow train tokenizer RECIPE [overrides]
 """

@@ -1,7 +1,7 @@
-"""Recipes of the tokenizers: the paper's three (Tab. 11), their enhanced decoders (Sec. B.1), and the bundled model.
+"""Recipes of the tokenizers: the paper's three (Tab. 11), their enhanced decoders, and the bundled model.
 
-Data and weights are yours to name: the paper trains on LAION and COYO images with faces doubled, which mixing weights
-express (`--data.sources photos@1 faces@2`).
+Data and weights are yours to name: the paper trains on LAION and COYO images with faces doubled, which mixing
+weights express (`--data.sources photos@1 faces@2`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def tokenflow_b_224() -> TrainRecipe:
         torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-b-224 \\
             --data.sources images/ --loss.perceptual-file vgg_lpips.pth
 
-    Paper: batch 256, 1,000,000 steps at 1e-4, beta 0.25, adversarial factor 0.5, gradient norm 1.0 (Tab. 11). The preset is
-    the released layout, whose teacher is ViT-B/16; the paper's table says B/14.
+    Paper: batch 256, 1,000,000 steps at 1e-4, beta 0.25, adversarial factor 0.5, gradient norm 1.0 (Tab. 11).
+    The preset is the released layout, whose teacher is ViT-B/16; the paper's table says B/14.
     """
     return _paper("tokenflow-b-224", "openai/clip-vit-base-patch16", 1_000_000)
 
@@ -46,8 +46,8 @@ def tokenflow_b_256() -> TrainRecipe:
         torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-b-256 \\
             --data.sources images/ --loss.perceptual-file vgg_lpips.pth
 
-    The released 256-px tokenizer was trained at 224 px and only run at 256; this recipe trains at 256. Paper at 256 px: rFID
-    1.37, PSNR 21.41, SSIM 0.687 on ImageNet val (Tab. 2).
+    The released 256-px tokenizer was trained at 224 px and only run at 256; this recipe trains at 256. Paper
+    at 256 px: rFID 1.37, PSNR 21.41, SSIM 0.687 on ImageNet val (Tab. 2).
     """
     return _paper("tokenflow-b-256", "openai/clip-vit-base-patch16", 1_000_000)
 
@@ -64,18 +64,19 @@ def tokenflow_l() -> TrainRecipe:
 
 
 def tokenflow_xl() -> TrainRecipe:
-    """TokenFlow-XL at 384 px: SigLIP-SO400M-patch14-384 teacher (its features before the last layer), 2,227 tokens.
+    """TokenFlow-XL at 384 px: SigLIP-SO400M-patch14-384 teacher (before its last layer), 2,227 tokens.
 
         torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-xl \\
             --data.sources images/ --loss.perceptual-file vgg_lpips.pth
 
-    Paper: batch 256, 500,000 steps at 1e-4 (Tab. 11); rFID 0.63, PSNR 22.77, SSIM 0.731 at 384 px on ImageNet val (Tab. 2).
+    Paper: batch 256, 500,000 steps at 1e-4 (Tab. 11); rFID 0.63, PSNR 22.77, SSIM 0.731 at 384 px on ImageNet
+    val (Tab. 2).
     """
     return _paper("tokenflow-xl", "google/siglip-so400m-patch14-384", 500_000)
 
 
 def _enhanced(base: TrainRecipe) -> TrainRecipe:
-    """The base recipe's second stage: a decoder of twice the width, everything else frozen, codes included."""
+    """The second stage: a decoder of twice the width and depth on frozen codes (Sec. B.1)."""
     preset = f"{base.model.preset}-enhanced"
     return replace(
         base,
@@ -92,19 +93,19 @@ def _enhanced(base: TrainRecipe) -> TrainRecipe:
 
 
 def tokenflow_b_224_enhanced() -> TrainRecipe:
-    """The enhanced decoder of TokenFlow-B at 224 px on frozen codes; start from your own run or a converted release.
+    """The enhanced decoder of TokenFlow-B at 224 px; FOLDER is your own run or a converted release.
 
-        torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-b-224-enhanced --model.init-from FOLDER \\
-            --data.sources images/ --loss.perceptual-file vgg_lpips.pth
+        torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-b-224-enhanced \\
+            --model.init-from FOLDER --data.sources images/ --loss.perceptual-file vgg_lpips.pth
     """
     return _enhanced(tokenflow_b_224())
 
 
 def tokenflow_b_256_enhanced() -> TrainRecipe:
-    """The enhanced decoder of TokenFlow-B at 256 px on frozen codes: the tokenizer of the released text-to-image model.
+    """The enhanced decoder of TokenFlow-B at 256 px: the tokenizer of the released text-to-image model.
 
-        torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-b-256-enhanced --model.init-from FOLDER \\
-            --data.sources images/ --loss.perceptual-file vgg_lpips.pth
+        torchrun --nproc-per-node 8 -m tokenflow train tokenizer tokenflow-b-256-enhanced \\
+            --model.init-from FOLDER --data.sources images/ --loss.perceptual-file vgg_lpips.pth
     """
     return _enhanced(tokenflow_b_256())
 

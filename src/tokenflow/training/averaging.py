@@ -18,8 +18,8 @@ def whole(t: Tensor) -> Tensor:
 class WeightAverage:
     """Moving average of a model's trainable parameters (buffers are not averaged, as in the released code).
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. Without a decay the
-    average is the weights themselves.
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+    Without a decay the average is the weights themselves.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -1,8 +1,9 @@
-"""Training checkpoints: atomic, rotated, and complete enough that a resumed run repeats the uninterrupted one bit by bit.
+"""Training checkpoints: atomic, rotated, and complete: a resumed run repeats the uninterrupted one.
 
-A checkpoint is a folder `checkpoints/step-00001000/`. It is written under a hidden name, flushed to disk and renamed, so a
-folder of that name is always whole. Weights are safetensors; optimizer states are torch files that are only ever read with
-`weights_only=True`. `export/` inside it is a `from_pretrained` folder of the averaged weights.
+A checkpoint is a folder `checkpoints/step-00001000/`. It is written under a hidden name, flushed to disk and
+renamed, so a folder of that name is always whole. Weights are safetensors; optimizer states are torch files
+that are only ever read with `weights_only=True`. `export/` inside it is a `from_pretrained` folder of the
+averaged weights.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 PREFIX = "step-"
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------------- folders
 def checkpoint_folders(root: Path) -> list[Path]:
     """The whole checkpoints under `root`, oldest first."""
     return sorted(p for p in root.glob(f"{PREFIX}*") if p.is_dir())
@@ -60,8 +61,8 @@ def rotate(root: Path, keep: int) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target`; when the block ends well it is flushed and becomes `target`.
 
-    An older `target` is replaced. After a kill `target` is the old folder, the new one or (for an instant, when replacing)
-    missing, never half of one.
+    An older `target` is replaced. After a kill `target` is the old folder, the new one or (for an instant,
+    when replacing) missing, never half of one.
 
     Raises:
         UserError: the disk is full or the place cannot be written to.
@@ -99,7 +100,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-# ------------------------------------------------------------------------------------------------------- random states
+# ---------------------------------------------------------------------------------------------- random states
 def random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators as plain values and tensors."""
     version, values, gauss = random.getstate()
@@ -125,7 +126,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# ------------------------------------------------------------------------------------------------------------- tensors
+# ---------------------------------------------------------------------------------------------------- tensors
 def transient_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that the state dict leaves out, such as the usage windows, by full name."""
     kept = model.state_dict().keys()
@@ -137,7 +138,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_buffers(model: nn.Module, path: Path) -> None:
-    """Copy what `transient_buffers` gave back into the model; a window whose size has changed starts empty."""
+    """Copy stored `transient_buffers` into the model; a window whose size has changed starts empty."""
     stored = load_file(path)
     for name, buffer in transient_buffers(model).items():
         if name in stored and stored[name].shape == buffer.shape:
@@ -174,9 +175,9 @@ def save_json(value: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-# -------------------------------------------------------------------------------------------------------------- export
+# ----------------------------------------------------------------------------------------------------- export
 def save_export(model: TokenFlowModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """A `from_pretrained` folder with `weights` (a full state dict, float32) and the model's image processor."""
+    """A `from_pretrained` folder: `weights` (a full state dict) and the model's image processor."""
     from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
 
     model.save_pretrained(folder, state_dict={name: t.clone() for name, t in weights.items()})
@@ -194,8 +195,8 @@ def point_to(link: Path, target: Path) -> None:
 def export_half(model_dir: str | Path, out: str | Path) -> Path:
     """Write the model in `model_dir` in the form that ships with the package: half-precision safetensors.
 
-    Codebooks and weights are float16 in the file and float32 again after `TokenFlowModel.from_pretrained`. The folder also
-    gets config.json and preprocessor_config.json.
+    Codebooks and weights are float16 in the file and float32 again after `TokenFlowModel.from_pretrained`.
+    The folder also gets config.json and preprocessor_config.json.
 
     Raises:
         UserError: a weight does not fit into float16; `out` cannot be written to.

@@ -1,15 +1,14 @@
 """The training loop of the tokenizer, top to bottom: build, resume, step, log, save.
 
-Notable: losses live in modules that data-parallel wrappers know; a step whose gradient is not finite is skipped on all
-processes alike; whatever influences the next step is in the checkpoint, so a killed run repeats the uninterrupted one bit by
-bit on a CPU.
+Notable: losses live in modules that data-parallel wrappers know; a step whose gradient is not finite is
+skipped on all processes alike; whatever influences the next step is in the checkpoint, so a killed run
+repeats the uninterrupted one bit by bit on a CPU.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import re
 import time
 import warnings
 from contextlib import nullcontext
@@ -35,11 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from tokenflow.data.loader import ImageLoader
-from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
 from tokenflow.files import write_error
-from tokenflow.tokenizer.modeling import TokenFlowModel
-from tokenflow.tokenizer.pixel import PixelDecoder, PixelEncoder
 from tokenflow.tokenizer.quantizer import CodeUsage
 from tokenflow.training import checkpointing
 from tokenflow.training.averaging import WeightAverage, whole
@@ -54,6 +50,9 @@ from tokenflow.training.tokenizer import (
     build_losses,
     build_model,
     build_teacher,
+    parse_source,
+    pixel_networks,
+    to_channels_last,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,8 @@ class Trainer:
         AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.accelerator = accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # unasked, accelerate would not join the processes of torchrun
+            # Unasked, accelerate would not join the processes of torchrun.
+            cpu=not torch.accelerator.is_available(),
             log_with=list(recipe.trackers) or None,
             project_dir=recipe.output_dir,
             # Usage windows and EMA codebooks are the same on all processes already.
@@ -167,7 +167,7 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}  # since the last log line, by name: sum and count
         torch.manual_seed(recipe.seed + 1 + accelerator.process_index)
 
-    # ------------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
     def run(self) -> TrainResult:
         recipe = self.recipe
         started = time.monotonic()
@@ -252,7 +252,7 @@ class Trainer:
                 group["lr"] = (o.lr if o.discriminator_lr is None else o.discriminator_lr) * factor
 
     def gate(self, optimizer: Any, norm: Tensor) -> bool:
-        """Step the optimizer if the gradient norm is finite. The norm is of averaged gradients, hence the same everywhere."""
+        """Step the optimizer if the gradient norm is finite; it is of averaged gradients, so all agree."""
         finite = bool(whole(norm).isfinite())
         if finite:
             optimizer.step()
@@ -272,7 +272,7 @@ class Trainer:
                 "lower --optimizer.lr or set --mixed-precision no, and start again from the last checkpoint"
             )
 
-    # -------------------------------------------------------------------------------------------------------- reports
+    # ------------------------------------------------------------------------------------------------ reports
     def log(self, bar: tqdm, seconds: float) -> None:
         """One line of log.jsonl, the trackers and the progress bar, with means since the last line."""
         means = self.means()
@@ -325,7 +325,7 @@ class Trainer:
             raise write_error(self.folder, error) from error
 
     def sample(self) -> None:
-        """A sheet by the averaged weights: originals, reconstructions, and decodings of the first scales only."""
+        """A sheet by the averaged weights: originals, reconstructions, decodings of fewer scales."""
         self.generator.eval()
         with self.average.applied(), torch.no_grad():
             decoded = self.generator(self.pictures.to(self.device), self.step)
@@ -342,7 +342,7 @@ class Trainer:
             if isinstance(tracker, TensorBoardTracker):
                 tracker.log_images({"samples": sheet[None]}, step=self.step, dataformats="NHWC")
 
-    # ---------------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------------------------------- checkpoints
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
@@ -443,24 +443,7 @@ def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def to_channels_last(module: torch.nn.Module) -> None:
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
-
-
-def pixel_networks(model: TokenFlowModel) -> list[torch.nn.Module]:
-    """The convolutional encoders and the pixel decoder's network."""
-    return [m for m in model.modules() if isinstance(m, (PixelEncoder, PixelDecoder))]
-
-
 def add_to(sums: dict[str, Tensor], values: dict[str, Tensor], weight: float = 1.0) -> None:
     for name, value in values.items():
         value = torch.as_tensor(value).detach().float() * weight
         sums[name] = sums[name] + value if name in sums else value
-
-
-def parse_source(text: str) -> Source:
-    """ "PATH", "PATH@WEIGHT", "PATH[column=value]" or "PATH[column=value]@WEIGHT" as a source."""
-    match = re.fullmatch(r"(.+)\[(\w+=[^\]]+)\](@[\d.]+)?", text)
-    if match is None:
-        return Source.parse(text)
-    return Source.parse(match[1] + (match[3] or ""), only=match[2])

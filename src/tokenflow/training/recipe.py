@@ -1,7 +1,8 @@
 """What a training run of the tokenizer is made of, as plain values.
 
-A recipe is a tree of frozen dataclasses. It holds no model object, so that `tokenflow train tokenizer RECIPE --help` loads
-neither torch nor transformers, and every leaf is an option of the command line (`--optimizer.lr 3e-4`).
+A recipe is a tree of frozen dataclasses. It holds no model object, so that `tokenflow train tokenizer RECIPE
+--help` loads neither torch nor transformers, and every leaf is an option of the command line (`--optimizer.lr
+3e-4`).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class TrainRecipe:
     loss: LossConfig = field(default_factory=LossConfig)
 
     output_dir: str = "runs/tokenizer"
-    """checkpoints, logs, samples and the exported model; a run that finds checkpoints here goes on from the newest"""
+    """checkpoints, logs, samples, exported model; a run goes on from the newest checkpoint here"""
     steps: int = 100_000
     max_minutes: float | None = None
     """stop this invocation, with a checkpoint, after so many minutes; start it again to go on"""
@@ -97,7 +98,7 @@ class TrainRecipe:
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """encoders and decoders under autocast; quantizer, losses and weights are float32 in any case"""
     channels_last: bool = False
-    """memory format of the pixel networks: faster for full-resolution ones, slower with a pixel-unshuffle stem"""
+    """memory format of the pixel networks: faster at full resolution, slower with a pixel-unshuffle stem"""
     compile: bool = False
     """torch.compile the pixel networks"""
     checkpoint_every: int = 1000

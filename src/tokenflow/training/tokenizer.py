@@ -1,11 +1,12 @@
-"""What the tokenizer's training is made of: the model from a recipe, and the two modules whose forward gives losses.
+"""The parts of the tokenizer's training: the model from a recipe, and the modules whose forward gives losses.
 
-Model and losses are wrapped in one module each for the generator's and the discriminator's step, so that the hooks of
-data-parallel wrappers fire.
+Model and losses are wrapped in one module each for the generator's and the discriminator's step, so that the
+hooks of data-parallel wrappers fire.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import PRESETS, SemanticFlow, TokenFlowConfig
 from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.pixel import PixelDecoder, PixelEncoder
 from tokenflow.tokenizer.semantic import SemanticTeacher, load_tower
 from tokenflow.training.losses import TokenizerLoss, build_tokenizer_loss
 from tokenflow.training.recipe import ModelRecipe, TrainRecipe
 
+SHARDED_BLOCKS = {
+    "Block",
+    "Level",
+    "CLIPEncoderLayer",
+    "SiglipEncoderLayer",
+    "ViTaminBlock",
+    "ViTaminConvBlock",
+}
 
-SHARDED_BLOCKS = {"Block", "Level", "CLIPEncoderLayer", "SiglipEncoderLayer", "ViTaminBlock", "ViTaminConvBlock"}
 
-
-# --------------------------------------------------------------------------------------------- from the recipe
+# -------------------------------------------------------------------------------------------- from the recipe
 def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
-    """The tokenizer's configuration: the recipe's preset (or a folder's config.json) with the recipe's changes.
+    """The tokenizer's configuration: a preset (or a folder's config.json) with the recipe's changes.
 
     Raises:
         UserError: unknown preset or folder; a flow that the preset does not have.
@@ -62,7 +71,7 @@ def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
 
 
 def build_teacher(recipe: ModelRecipe, config: TokenFlowConfig) -> SemanticTeacher | None:
-    """The frozen teacher of the flow "semantic"; None without such a flow or without a teacher in the recipe."""
+    """The frozen teacher of the flow "semantic"; None without such a flow or teacher."""
     flow = next((flow for flow in config.flow_specs if flow.name == "semantic"), None)
     if not isinstance(flow, SemanticFlow) or not recipe.teacher:
         return None
@@ -72,7 +81,8 @@ def build_teacher(recipe: ModelRecipe, config: TokenFlowConfig) -> SemanticTeach
     width = teacher.tower.width if teacher.projection is None else teacher.projection.out_features
     if width != flow.target_dim:
         raise UserError(
-            f"the teacher {recipe.teacher} gives {width} channels; the semantic decoder gives {flow.target_dim} (target_dim)"
+            f"the teacher {recipe.teacher} gives {width} channels; the semantic decoder gives "
+            f"{flow.target_dim} (target_dim)"
         )
     return teacher
 
@@ -80,14 +90,16 @@ def build_teacher(recipe: ModelRecipe, config: TokenFlowConfig) -> SemanticTeach
 def build_model(
     recipe: ModelRecipe, config: TokenFlowConfig, teacher: SemanticTeacher | None
 ) -> TokenFlowModel:
-    """The tokenizer with fresh, the teacher's or a given model's weights, and only the trainable parameters requiring
-    gradients."""
+    """The tokenizer with fresh, the teacher's or a given model's weights; frozen parts need no gradients."""
     model = TokenFlowModel(config)
     if recipe.semantic_init and teacher is not None:
         load_tower(model.encoders["semantic"].tower, teacher.tower.model.state_dict())
     if recipe.init_from is not None:  # what it excepts keeps the teacher's weights
         load_initial_weights(model, recipe.init_from, recipe.init_except)
     set_trainable(model, recipe.trainable)
+    for name, decoder in model.semantic_decoders.items():
+        if teacher is None or name != "semantic":
+            decoder.requires_grad_(False)  # no loss would reach it
     return model
 
 
@@ -115,7 +127,8 @@ def load_initial_weights(model: TokenFlowModel, name_or_path: str, exceptions: t
 
     Args:
         name_or_path: a model folder, or a bundled or hub name.
-        exceptions: prefixes of names that may be missing or of another shape there; they keep their fresh values.
+        exceptions: prefixes of names that may be missing or of another shape there; they keep their fresh
+            values.
 
     Raises:
         UserError: any other name is missing, left over or of another shape.
@@ -141,7 +154,7 @@ def load_initial_weights(model: TokenFlowModel, name_or_path: str, exceptions: t
 
 
 def set_trainable(model: TokenFlowModel, part: str) -> None:
-    """Let gradients reach all of the model, or only the pixel decoder's network (Sec. B.1: enhanced decoder)."""
+    """Let gradients reach all of the model, or only the pixel decoder's network (Sec. B.1)."""
     if part == "decoder":
         if model.pixel_decoder is None:
             raise UserError('trainable="decoder" needs a model with a pixel decoder')
@@ -156,7 +169,24 @@ def set_trainable(model: TokenFlowModel, part: str) -> None:
                     parameter.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------- the two steps
+def to_channels_last(module: torch.nn.Module) -> None:
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+
+
+def pixel_networks(model: TokenFlowModel) -> list[torch.nn.Module]:
+    """The convolutional encoders and the pixel decoder's network."""
+    return [m for m in model.modules() if isinstance(m, (PixelEncoder, PixelDecoder))]
+
+
+def parse_source(text: str) -> Source:
+    """ "PATH", "PATH@WEIGHT", "PATH[column=value]" or "PATH[column=value]@WEIGHT" as a source."""
+    match = re.fullmatch(r"(.+)\[(\w+=[^\]]+)\](@[\d.]+)?", text)
+    if match is None:
+        return Source.parse(text)
+    return Source.parse(match[1] + (match[3] or ""), only=match[2])
+
+
+# ---------------------------------------------------------------------------------------------- the two steps
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 `[B, 3, H, W]` to float32 in [-1, 1], as the image processor does: (x / 255 - 0.5) / 0.5."""
     return images.float() / 127.5 - 1.0
@@ -168,7 +198,8 @@ class GeneratorStep(nn.Module):
     def __init__(self, model: TokenFlowModel, losses: TokenizerLoss, teacher: SemanticTeacher | None):
         super().__init__()
         self.model = model
-        # Not submodules: they are not trained here, so no wrapper may shard, average or save them with the model.
+        # Not submodules: they are not trained here, so no wrapper may shard, average or save them with the
+        # model.
         self.frozen = (losses, teacher)
         # What FSDP2 shards one by one, if the model has it.
         present = {type(module).__name__ for module in model.modules()}
@@ -190,8 +221,9 @@ class GeneratorStep(nn.Module):
             step: optimizer steps done so far; the adversarial loss starts at one of them.
 
         Returns:
-            the total loss, its parts for the log, the reconstructions `[B, 3, H, W]` float32. In eval mode instead
-            what `reconstruct` returns, so that wrappers which gather sharded weights in `forward` do so then too.
+            the total loss, its parts for the log, the reconstructions `[B, 3, H, W]` float32. In eval mode
+            instead what `reconstruct` returns, so that wrappers which gather sharded weights in `forward` do
+            so then too.
         """
         if not self.training:
             return self.reconstruct(to_model_range(images))
