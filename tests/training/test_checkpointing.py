@@ -71,6 +71,24 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(files, finished):
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(files):
+    recipe = tiny_recipe(files, "terminated", steps=100_000)
+    recipe = replace(recipe, data=replace(recipe.data, num_workers=1))
+    process = start_training(recipe)
+    log = Path(recipe.output_dir) / "log.jsonl"
+    assert process.stdout is not None
+    for _ in process.stdout:
+        if log.exists() and log.read_text().count("\n") > 2:
+            break
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers and terminals do it; the loader's worker is in it
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    newest = checkpointing.latest_checkpoint(Path(recipe.output_dir) / "checkpoints")
+    assert newest is not None
+    assert log_lines(recipe)[-1]["step"] == int(newest.name.removeprefix("step-"))
+
+
 def test_random_state_is_restored_for_python_numpy_and_torch():
     state = checkpointing.random_state()
     first = (random.random(), np.random.rand(), torch.rand(()).item())  # noqa: NPY002

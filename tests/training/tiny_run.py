@@ -106,7 +106,12 @@ def start_training(recipe: TrainRecipe) -> subprocess.Popen:
     }
     command = [sys.executable, __file__]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of its own, to send signals to
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -324,9 +325,16 @@ def _decoded(
             num_workers=num_workers,
             prefetch_factor=per_worker,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # otherwise making the iterator draws from the global generator
         )
     )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent still needs batches to end in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(chunk: Any) -> Any:
