@@ -40,6 +40,7 @@ def main(options: Options) -> None:
     if options.processor_time:
         measure.count_processor_time()
     parts = {"search": search.run, "images": images.run, "training": training.run}
+    console = Console()
     table = Table(title=f"{options.threads} threads, torch {torch.__version__}: ratios, higher is better")
     for column in ("what", "seconds", "ratio", "aim", "seen"):
         table.add_column(column)
@@ -47,10 +48,11 @@ def main(options: Options) -> None:
     for part in options.only:
         for row in parts[part](options.repeats):
             rows.append(row.as_dict())
+            console.print(f"{row.name}: {row.ratio:.2f}x", highlight=False)
             seconds = "\n".join(f"{side} {value:.3f}" for side, value in row.seconds.items())
-            ratio, aim = ("" if x is None else f"{x:.2f}x" for x in (row.ratio, row.aim))
-            table.add_row(row.name, seconds, ratio, aim, row.note)
-    Console().print(table)
+            aim = "" if row.aim is None else f"{row.aim:.2f}x"
+            table.add_row(row.name, seconds, f"{row.ratio:.2f}x", aim, row.note)
+    console.print(table)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     machine = {"processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine())}
     machine |= {"threads": options.threads, "torch": torch.__version__, "python": platform.python_version()}

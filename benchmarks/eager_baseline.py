@@ -1,9 +1,9 @@
 """A plain eager fp32 tokenizer, as one would write it from the paper: what the speed figures compare with.
 
 It computes on the weights of a `TokenFlowModel` with CLIP as semantic encoder, so that indices and images can
-be compared: separate code distances of the two flows at every scale, codebooks normalised at every call,
-attention as two products around a softmax, swish as a product with a sigmoid, everything in fp32 and in
-PyTorch's default memory format.
+be compared: two distance matrices, an argmin and a one-hot product at every scale, codebooks normalised at
+every call, attention as two products around a softmax, swish as a product with a sigmoid, everything in
+fp32 and in PyTorch's default memory format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def encode(model: TokenFlowModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]
     semantic = clip_features(model.encoders["semantic"], pixel_values)
     pixel = model.encoders["pixel"]
     features = torch.cat([semantic, pixel.head(pixel_encoder(pixel.network, pixel_values))], dim=1)
-    codebooks = list(model.quantizer.quantizer.codebooks.values())
+    codebooks = [model.quantizer.quantizer.codebooks[name] for name in ("semantic", "pixel")]
     grid = model.config.scales[-1]
     residual, total, indices = features, torch.zeros_like(features), []
     for side in model.config.scales:
@@ -53,7 +53,7 @@ def quantize(z: Tensor, codebooks: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
             part.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * part @ table.T
         )
     index = distance.argmin(1)
-    codes = torch.cat([F.embedding(index, table) for table in tables], dim=1)
+    codes = torch.zeros_like(distance).scatter_(1, index[:, None], 1) @ torch.cat(tables, dim=1)
     return index.view(b, -1), codes.view(b, side, side, -1).permute(0, 3, 1, 2).contiguous()
 
 

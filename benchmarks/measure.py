@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -22,8 +22,8 @@ class Row:
     """
 
     name: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    ratio: float | None = None
+    seconds: dict[str, float]
+    ratio: float
     aim: float | None = None
     note: str = ""
 
