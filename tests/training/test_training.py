@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +322,12 @@ def test_recipes_describe_models_that_can_be_built(name):
     config = build_config(recipe(name).model)
     assert config.num_tokens == sum(side * side for side in config.scales)
     assert recipe(name).output_dir == f"runs/{name}"
+
+
+def test_recipes_are_read_without_torch():
+    code = "import sys, tokenflow.recipes as r; [make() for make in r.RECIPES.values()]"
+    code += "; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_papers_recipes_have_the_papers_settings():

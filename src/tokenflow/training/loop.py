@@ -115,6 +115,8 @@ class Trainer:
 
         # 1. model, losses, optimizers
         config = build_config(recipe.model)
+        if accelerator.is_fsdp2 and (config.codebook_update, config.codebook_init) != ("gradient", "uniform"):
+            raise UserError("FSDP2 shards the codebooks, so they learn by gradient from a uniform start only")
         teacher = build_teacher(recipe.model, config)
         self.model = build_model(recipe.model, config, teacher)
         losses = build_losses(recipe, config, teacher)

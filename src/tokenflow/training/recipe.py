@@ -30,8 +30,11 @@ class ModelRecipe:
     scale_drop: float | None = None
     """probability that a step skips one scale, if not the preset's"""
     entropy_weight: float | None = None
+    """of the entropy loss, if not the preset's"""
     codebook_init: Literal["uniform", "kmeans"] | None = None
+    """where codes start, if not as the preset says; kmeans: centres of the first batch"""
     codebook_update: Literal["gradient", "ema"] | None = None
+    """how codes learn, if not as the preset says"""
 
     teacher: str | None = None
     """transformers folder or hub name of the frozen teacher; needed where the semantic loss has a weight"""
@@ -66,14 +69,19 @@ class OptimizerRecipe:
     """Tab. 11 and the released code: Adam, constant rate, no weight decay."""
 
     lr: float = 1e-4
+    """the full learning rate, after warm-up"""
     discriminator_lr: float | None = None
     """None: as `lr`"""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's"""
     weight_decay: float = 0.0
+    """AdamW's"""
     clip: float = 1.0
     """largest gradient norm, of the tokenizer and of the discriminator each"""
     schedule: Literal["constant", "cosine"] = "constant"
+    """of the learning rate after warm-up; the cosine ends at the last of `steps`"""
     warmup_steps: int = 0
+    """steps over which the rate rises to `lr`"""
     final_lr: float = 0.0
     """where the cosine ends, as a share of `lr`"""
     ema_decay: float = 0.9999
@@ -92,9 +100,11 @@ class TrainRecipe:
     output_dir: str = "runs/tokenizer"
     """checkpoints, logs, samples, exported model; a run goes on from the newest checkpoint here"""
     steps: int = 100_000
+    """optimizer steps in all; a finished run goes on if this is raised"""
     max_minutes: float | None = None
     """stop this invocation, with a checkpoint, after so many minutes; start it again to go on"""
     seed: int = 0
+    """of weights, data order, crops and scale drop"""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """encoders and decoders under autocast; quantizer, losses and weights are float32 in any case"""
     channels_last: bool = False
@@ -102,10 +112,13 @@ class TrainRecipe:
     compile: bool = False
     """torch.compile the pixel networks"""
     checkpoint_every: int = 1000
+    """steps; there is one at the end of each invocation, too"""
     keep: int = 2
     """newest checkpoints to keep"""
     log_every: int = 50
+    """steps from log line to log line; a line holds their means"""
     sample_every: int = 1000
+    """steps from one sheet of reconstructions to the next"""
     trackers: tuple[str, ...] = ("tensorboard",)
     """accelerate's trackers; log.jsonl is written in any case"""
     max_bad_steps: int = 20
