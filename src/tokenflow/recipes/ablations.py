@@ -1,7 +1,7 @@
 """The paper's ablations as small runs: Tab. 5 (design choices) and Fig. 6 (codebook size).
 
 Each is `tokenflow-tiny` at a small equal budget, so rows compare with each other, not with the paper's
-numbers. Data, teacher and perceptual weights are given as for `tokenflow-tiny`.
+numbers. Data and teacher are given as for `tokenflow-tiny`.
 """
 
 from __future__ import annotations

