@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflow.tokenizer.configuration import ConvSpec, TokenFlowConfig
-from tokenflow.tokenizer.pixel import AttentionBlock, Downsample, PixelDecoder, PixelEncoder
+from tokenflow.tokenizer.pixel import AttentionBlock, Downsample, GroupNorm, PixelDecoder, PixelEncoder
 
 
 @given(
@@ -36,6 +38,35 @@ def test_downsampling_pads_right_and_bottom_only():
     image[..., 0, 0] = 1  # the upper left corner is seen by one window only: nothing lies left of it
     assert layer(image).flatten().tolist() == [1, 0, 0, 0]
     assert layer(torch.ones(1, 1, 4, 4)).flatten().tolist() == [9, 6, 6, 4]
+
+
+def test_group_norm_is_exact_in_channels_last():
+    torch.manual_seed(0)
+    norm = GroupNorm(64)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 64, 32, 48) + 20 * torch.randn(2, 64, 1, 1)
+    exact = copy.deepcopy(norm).double()(x.double())
+    x = x.contiguous(memory_format=torch.channels_last)
+    scratch = torch.empty_like(x)
+    with torch.no_grad():
+        for out in (norm(x), norm(x, out=scratch)):
+            assert out.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(out.double(), exact, atol=3e-6, rtol=0)
+    assert out.data_ptr() == scratch.data_ptr()
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_inference_equals_training_whatever_the_memory_format(patch):
+    torch.manual_seed(0)
+    spec = ConvSpec(32, (1, 2), 2, latent_channels=32, patch=patch)
+    encoder, decoder = PixelEncoder(spec), PixelDecoder(spec)
+    latent = encoder(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    image = decoder(latent)
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(encoder(x), latent, atol=2e-5, rtol=0)
+        torch.testing.assert_close(decoder(latent), image, atol=2e-5, rtol=0)
 
 
 def test_attention_is_single_head_scaled_softmax_with_a_residual():

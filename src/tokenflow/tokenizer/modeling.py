@@ -242,13 +242,7 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         decoder = cast(PixelFlowDecoder, self.pixel_decoder)
         parts = self.split_flows(quantized)
         x = torch.cat([parts[name] for name in self.pixel_decoder_flows], dim=1)
-        x = x.to(self.decoder_dtype)
-        # Half-precision convolutions at full resolution are fastest in channels-last. In float32 the default
-        # format has the more exact GroupNorm; behind a pixel-unshuffle stem it is also the faster one.
-        full_resolution = x.dtype != torch.float32 and decoder.network.patch == 1
-        return decoder(
-            x.contiguous(memory_format=torch.channels_last if full_resolution else torch.contiguous_format)
-        )
+        return decoder(x.to(self.decoder_dtype).contiguous())
 
     def decode_semantic(self, quantized: Tensor) -> dict[str, Tensor]:
         """Each semantic flow in its teacher's feature space, by name."""
