@@ -143,7 +143,7 @@ def run_middle(mid: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def pixel_encoder(network: PixelEncoder, pixel_values: Tensor) -> Tensor:
-    x = network.conv_in(pixel_values)
+    x = network.conv_in(F.pixel_unshuffle(pixel_values, network.patch))
     for level in network.levels:
         x = run_level(level, x)
         if level.resample is not None:
@@ -157,4 +157,4 @@ def pixel_decoder(network: PixelDecoder, z: Tensor) -> Tensor:
         x = run_level(level, x)
         if level.resample is not None:
             x = level.resample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    return network.conv_out(swish(network.norm_out(x)))
+    return F.pixel_shuffle(network.conv_out(swish(network.norm_out(x))), network.patch)

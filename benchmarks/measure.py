@@ -31,6 +31,8 @@ class Row:
         return asdict(self)
 
 
+PEAK_RESET = Path("/proc/self/clear_refs")
+
 clock: Callable[[], float] = time.perf_counter
 
 
@@ -72,7 +74,7 @@ def extra_mebibytes(task: Callable[..., object], *args: object) -> float:
 
 def _report_growth(sender, task: Callable[..., Callable[[], object]], args: tuple) -> None:
     run = task(*args)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    PEAK_RESET.write_text("5")  # the peak starts again from what is held now
     before = _status("VmRSS")
     run()
     sender.send((_status("VmHWM") - before) / 1024)

@@ -1,0 +1,50 @@
+"""The benchmarks compare like with like: the baselines give what our code gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks import eager_baseline, measure, search
+
+from small_model import small_config
+from tokenflow import TokenFlowModel
+
+
+@torch.inference_mode()
+def test_eager_baseline_equals_the_model():
+    torch.manual_seed(0)
+    model = TokenFlowModel(small_config()).eval()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    indices, quantized = eager_baseline.encode(model, pixels)
+    encoded = model.encode(pixels)
+    assert torch.equal(indices, encoded.indices)
+    torch.testing.assert_close(quantized, encoded.quantized)
+    image, semantic = eager_baseline.decode(model, quantized)
+    decoded = model.decode(quantized)
+    torch.testing.assert_close(image, decoded.pixel_values, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(semantic, decoded.semantic, atol=1e-5, rtol=1e-4)
+
+
+def test_searches_agree():
+    queries, codes = search.vectors(50, 400)
+    for ours, naive in zip(
+        search.our_search(queries, codes), search.naive_search(queries, codes), strict=True
+    ):
+        torch.testing.assert_close(ours, naive)
+
+
+def test_sides_take_turns_and_the_best_counts():
+    calls = []
+    times = measure.best_seconds(2, a=lambda: calls.append("a"), b=lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 3
+    assert set(times) == {"a", "b"}
+    assert all(0 < seconds < 1 for seconds in times.values())
+
+
+def allocate(mebibytes: int):
+    return lambda: bytearray(b"1") * (mebibytes * 2**20)
+
+
+@pytest.mark.skipif(not measure.PEAK_RESET.exists(), reason="memory is measured through Linux's /proc")
+def test_extra_memory_of_a_process():
+    assert 60 < measure.extra_mebibytes(allocate, 64) < 80
