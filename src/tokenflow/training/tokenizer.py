@@ -10,7 +10,7 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import PRESETS, SemanticFlow, TokenFlowConfig
-from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.modeling import PixelFlowDecoder, TokenFlowModel
 from tokenflow.tokenizer.pixel import PixelDecoder, PixelEncoder
-from tokenflow.tokenizer.semantic import SemanticTeacher, load_tower
+from tokenflow.tokenizer.semantic import SemanticEncoder, SemanticTeacher, load_tower
 from tokenflow.training.losses import TokenizerLoss, build_tokenizer_loss
 from tokenflow.training.recipe import ModelRecipe, TrainRecipe
 
@@ -95,7 +95,8 @@ def build_model(
     """The tokenizer with fresh, the teacher's or a given model's weights; frozen parts need no gradients."""
     model = TokenFlowModel(config)
     if recipe.semantic_init and teacher is not None:
-        load_tower(model.encoders["semantic"].tower, teacher.tower.model.state_dict())
+        student = cast(SemanticEncoder, model.encoders["semantic"])
+        load_tower(student.tower, teacher.tower.model.state_dict())
     if recipe.init_from is not None:  # what it excepts keeps the teacher's weights
         load_initial_weights(model, recipe.init_from, recipe.init_except)
     set_trainable(model, recipe.trainable)
@@ -245,13 +246,13 @@ class GeneratorStep(nn.Module):
             return total, parts, reconstruction
         with trainable_attention(pixels.device):
             encoded = self.model.encode(pixels)
-            decoded = self.model.decode(encoded.quantized)
-        reconstruction = decoded.pixel_values.float()
+            decoded = self.model.decode(cast(Tensor, encoded.quantized))
+        reconstruction = cast(Tensor, decoded.pixel_values).float()
         total, parts = losses.generator(
             pixels,
             reconstruction,
             step=step,
-            semantic=None if teacher is None else decoded.semantic.float(),
+            semantic=None if teacher is None else cast(Tensor, decoded.semantic).float(),
             target=None if teacher is None else teacher(pixels).float(),
             quantizer=encoded.losses,
             last_layer=self.last_layer,
@@ -268,7 +269,7 @@ class GeneratorStep(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        return self.model.pixel_decoder.network.last_layer
+        return cast(PixelFlowDecoder, self.model.pixel_decoder).network.last_layer
 
 
 class DiscriminatorStep(nn.Module):
