@@ -88,12 +88,17 @@ def test_ctrl_c_in_the_middle_leaves_whole_files_only(tmp_path, small_model_fold
         arguments = [tmp_path / "first.png", pipe, "-o", output, "-m", small_model_folder, "--batch-size", 1]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         running[command] = subprocess.Popen(
-            [TOKENFLOW, command, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=environment
+            [TOKENFLOW, command, *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            # A shell starts its background jobs with Ctrl-C ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     for command, process in running.items():
         with open(tmp_path / f"{command}.png", "wb"):  # opens when the process has come this far
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate()
+            _, stderr = process.communicate(timeout=300)
         assert process.returncode == 130, stderr
         assert stderr.strip().splitlines()[-1] == "tokenflow: interrupted"
         assert "Traceback" not in stderr
