@@ -19,8 +19,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv  ## photographs to tokens and back, as one HTML page and one PNG in demo-output/
 	$(BIN)/tokenflow demo
 
-test: venv  ## all tests
-	$(BIN)/python -m pytest
+test: venv  ## all tests, a process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: venv  ## speed and memory side by side with plain formulations, as ratios
 	$(BIN)/python -m benchmarks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_results_are_compared_only_if_measured_alike(run):
     assert "fingerprints differ in" in the_error(run("eval", "compare", "all.json", "three.json"))
     assert "missing.json" in the_error(run("eval", "compare", "missing.json"))
     assert "unknown model" in the_error(run(*measure[:-1], "tokenflow-tni"))
+
+
+def test_a_missing_package_is_named_with_its_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "torchmetrics.functional.image", raising=False)
+    measure = ("eval", "reconstruction", "--data", "photos", "--split", "train", "--model", "{model}")
+    assert "pip install 'tokenflow-vision[eval]'" in the_error(run(*measure))
 
 
 def test_train_makes_a_model_that_the_other_commands_load(run):

@@ -27,6 +27,15 @@ from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
 from tokenflow.recipes.teacher import TEACHER_RECIPES
 
+# Packages that only some commands need, and the extra that brings each.
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "tensorboard": "train",
+    "torchmetrics": "eval",
+    "sklearn": "eval",
+}
+
 Dtype = Literal["float32", "bfloat16"]
 Output = Annotated[Path, arg(aliases=["-o"])]
 Model = Annotated[str, arg(aliases=["-m"])]
@@ -263,6 +272,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"tokenflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(
+            f"tokenflow: error: this needs {error.name}: pip install 'tokenflow-vision[{extra}]'",
+            file=sys.stderr,
+        )
         return 2
     except BrokenPipeError:  # `tokenflow ... | head`: nobody reads on, and that is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
