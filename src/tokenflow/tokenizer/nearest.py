@@ -40,12 +40,9 @@ from tokenflow.errors import UserError
 Backend = Literal["auto", "dense", "blocked", "faiss", "triton"]
 
 GROUP = 32  # codes that share one screened maximum
-QUERY_BLOCK = 1024
-SCORE_BYTES = {
-    "cpu": 2**22,
-    "cuda": 2**26,
-}  # of the scores that exist at a time; a CPU has them in its caches
-PAIR_BLOCK = 1024  # (query, group) pairs re-scored at a time
+QUERY_BLOCK = 2048
+SCORE_BYTES = {"cpu": 2**23, "cuda": 2**26}  # of scores that exist at a time; a CPU has them in its caches
+PAIR_BLOCK = 2048  # (query, group) pairs re-scored at a time
 DENSE_LIMIT = 2**24  # scores that the oracle agrees to compute
 FAISS_NEIGHBOURS = 8
 TINY = 2.0**-126  # smallest normal fp32 value: what one flushed operation can lose
@@ -91,7 +88,8 @@ def prepare_codes(codes: Tensor, bias: Tensor | None = None) -> PreparedCodes:
     if not _has_fast_bf16(rows.device):
         return PreparedCodes(len(codes), rows, bias is not None, norm, None, None)
     bf16 = rows.bfloat16()
-    return PreparedCodes(len(codes), rows, bias is not None, norm, bf16, _norms(rows - bf16).amax())
+    lost = [_norms(a - b).amax() for a, b in zip(rows.split(8192), bf16.split(8192), strict=True)]
+    return PreparedCodes(len(codes), rows, bias is not None, norm, bf16, torch.stack(lost).amax())
 
 
 @torch.no_grad()
@@ -227,7 +225,7 @@ def _bf16_screen(queries: Tensor, codes: PreparedCodes) -> Tensor | None:
 def _group_maxima(codes: Tensor, queries: Tensor) -> Tensor:
     """Largest score of each group, `[K', D'] x [D', N] -> [K' / GROUP, N]`; bf16 ones as int16 bits."""
     n = queries.shape[1]
-    budget = SCORE_BYTES.get(queries.device.type, 2**22) // codes.element_size()
+    budget = SCORE_BYTES.get(queries.device.type, 2**23) // codes.element_size()
     step = max(GROUP, budget // n // GROUP * GROUP)
     scores = codes.new_empty(min(step, len(codes)), n)
     comparable = scores.view(torch.int16) if scores.dtype == torch.bfloat16 else scores
