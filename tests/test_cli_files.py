@@ -188,6 +188,25 @@ def test_an_unwritable_output_is_said_before_the_work(run, monkeypatch, target):
     assert f"cannot write {target}" in the_error(run("encode", "a.png", "-o", target, "-m", "{model}"))
 
 
+def test_no_command_overwrites_what_it_reads(run):
+    Path("photos").mkdir()
+    for name in ("photos/a.png", "photos/comparison.png", "photos/b.jpg"):
+        photo().save(name)
+    Path("link.png").symlink_to("photos/a.png")
+    before = {path: path.read_bytes() for path in Path("photos").iterdir()}
+    assert run("encode", "photos", "-o", "t.png", "-m", "{model}")[0] == 0
+    before[Path("t.png")] = Path("t.png").read_bytes()
+    for target, *arguments in [
+        ("photos/b.jpg", "encode", "photos", "-o", "photos/b.jpg", "-m", "{model}"),
+        ("link.png", "encode", "photos/a.png", "-o", "link.png", "-m", "{model}"),
+        ("photos/a.png", "reconstruct", "photos", "-o", "photos", "-m", "{model}"),
+        ("photos/comparison.png", "reconstruct", "photos/comparison.png", "-o", "photos", "-m", "{model}"),
+        ("photos/a.png", "decode", "t.png", "-o", "photos"),
+    ]:
+        assert f"output {target} would overwrite an input file" in the_error(run(*arguments))
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_full_disk_leaves_no_half_file(run, tmp_path):
     # A limit on the size of files stops the write in its middle, as a full disk does.
     photo().save("a.png")

@@ -88,10 +88,11 @@ def encode_files(
     """Encode image files (or folders of them) into one token file, which is also returned.
 
     Raises:
-        UserError: an image cannot be read, the model cannot be loaded, the output cannot be written; no file
-            is written then.
+        UserError: an image cannot be read, the model cannot be loaded, the output cannot be written or is one
+            of the images; no file is written then.
     """
     paths = image_paths(images)
+    _spare([Path(output)], paths)
     check_writable(output)
     loaded = load(model, device=device)
     loaded.processor.resize_mode = resize_mode
@@ -133,10 +134,12 @@ def decode_file(
         num_scales: decode only the first so many scales.
 
     Raises:
-        UserError: the file is damaged, the model is not the one that made it, or `output` cannot be written.
+        UserError: the file is damaged, the model is not the one that made it, or `output` cannot be written
+            or holds the original files.
     """
     stored = load_tokens(tokens)
     targets = _targets(Path(output), stored.files)
+    _spare(targets, [Path(tokens), *map(Path, stored.files)])
     check_writable(targets[0] if targets else Path(output) / "x.png")
     loaded = load(model or stored.model, device=device, dtype=dtype)
     stored.check_model(loaded.model, loaded.name)
@@ -175,6 +178,7 @@ def reconstruct_files(
 
     paths, folder = image_paths(images), Path(output)
     targets = _targets(folder, [str(path) for path in paths])
+    _spare([*targets, folder / "comparison.png", folder / "metrics.json"], paths)
     check_writable(folder / "comparison.png")
     loaded = load(model, device=device, dtype=dtype)
     rows: list[dict[str, Any]] = []
@@ -302,6 +306,23 @@ def _targets(folder: Path, files: Sequence[str]) -> list[Path]:
         taken.add(name.lower())
         targets.append(folder / f"{name}.png")
     return targets
+
+
+def _spare(targets: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise a UserError if writing `targets` would replace one of the existing `inputs`."""
+    # By identity, not by name: links, and file systems that ignore case, give one file several names.
+    files = {_identity(path) for path in inputs} - {None}
+    for target in targets:
+        if _identity(target) in files:
+            raise UserError(f"output {target} would overwrite an input file; choose another --output")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # not there, or (from a token file) nothing that could be a path here
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _batches(items: Sequence[Any], size: int, what: str) -> Iterator[Sequence[Any]]:
