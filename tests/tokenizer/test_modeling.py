@@ -161,6 +161,11 @@ def test_images_of_another_shape_are_refused(model, shape):
         model.encode(torch.zeros(shape))
 
 
+def test_raw_bytes_are_refused(model):
+    with pytest.raises(UserError, match=r"floating-point in \[-1, 1\], got torch.uint8"):
+        model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_a_grid_that_the_flows_do_not_have_is_refused():
     model = build(scales=[1, 3])
     with pytest.raises(UserError, match="flow 'semantic' gives a grid of 4, but scales end at 3"):
@@ -195,6 +200,37 @@ def test_feature_strategies_are_those_of_the_paper(model, pixels):
         torch.testing.assert_close(features["all"][:, part], reduced, atol=1e-5, rtol=1e-5)
         start += side * side
     torch.testing.assert_close(features["all"][:, 5:], last, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", FEATURE_STRATEGIES)
+def test_features_are_the_same_while_a_language_model_trains(strategy, pixels):
+    model = build(scale_drop=1.0, codebook_update="ema")
+    expected, state = model.features(pixels, strategy), copy.deepcopy(model.state_dict())
+    model.train()
+    for _ in range(3):
+        assert torch.equal(model.features(pixels, strategy), expected)
+    assert all(child.training for child in model.modules())
+    assert model.quantizer.quantizer.usage.seen == 0
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_semantic_features_need_a_semantic_flow(pixels):
+    model = build(flows=[pixel()])
+    with pytest.raises(UserError, match="has none"):
+        model.features(pixels, "last-semantic")
+
+
+def test_maps_of_another_shape_are_refused(model, pixels):
+    quantized = model.encode(pixels).quantized
+    for wrong in (quantized[:, :-1], quantized[..., :-1], quantized[0]):
+        with pytest.raises(UserError, match="quantized must be"):
+            model.decode(wrong)
+
+
+def test_indices_of_a_token_file_are_decoded(model, pixels):
+    indices = model.encode(pixels).indices
+    small = model.decode_indices(indices.to(torch.uint16)).pixel_values
+    assert torch.equal(small, model.decode_indices(indices).pixel_values)
 
 
 def test_unknown_strategies_are_refused(model, pixels):

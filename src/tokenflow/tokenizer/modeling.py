@@ -7,6 +7,8 @@ looks through.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -196,10 +198,12 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
     def flow_features(self, pixel_values: Tensor) -> Tensor:
         """The flows' features before quantization, concatenated: `[B, 3, H, W]` to `[B, D, g, g]` float32."""
         size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size):
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size) or not len(pixel_values):
             raise UserError(
                 f"pixel_values must be [B, 3, {size}, {size}] for this model, got {list(pixel_values.shape)}"
             )
+        if not pixel_values.is_floating_point():
+            raise UserError(f"pixel_values must be floating-point in [-1, 1], got {pixel_values.dtype}")
         x = pixel_values.float()
         features = [encoder(x).float() for encoder in self.encoders.values()]
         for name, feature in zip(self.dims, features, strict=True):
@@ -218,7 +222,7 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         Returns:
             `indices` `[B, L]` int64, `quantized` `[B, D, g, g]`, in training mode also `losses`.
         """
-        if self.training:  # features may run under the caller's autocast; the search is float32 all the same
+        if self.encoders.training:  # may run under the caller's autocast; the search is float32 all the same
             h = self.flow_features(pixel_values)
         else:
             with no_autocast(pixel_values.device):
@@ -230,6 +234,9 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
     # decode
     def decode(self, quantized: Tensor) -> TokenFlowDecoderOutput:
         """A quantized map `[B, D, g, g]` to pixels `[B, 3, H, W]` and semantic features `[B, g * g, T]`."""
+        shape = (self.config.code_dim, self.config.grid, self.config.grid)
+        if quantized.shape[1:] != shape:
+            raise UserError(f"quantized must be {['B', *shape]} for this model, got {list(quantized.shape)}")
         semantic = self.decode_semantic(quantized)
         return TokenFlowDecoderOutput(
             pixel_values=None if self.pixel_decoder is None else self.decode_pixels(quantized),
@@ -267,12 +274,13 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         """The quantized map `[B, D, g, g]` of `indices`; arguments and errors as in `decode_indices`."""
         if indices.ndim != 2 or indices.is_floating_point() or indices.is_complex():
             raise UserError(f"indices must be [B, L] integers, got {list(indices.shape)} {indices.dtype}")
+        indices = indices.long()  # token files hold 16-bit ones
         scales = self.quantizer.prefix_scales(indices.shape[1])
         if num_scales is not None:
             if not 1 <= num_scales <= len(scales):
                 raise UserError(f"num_scales must be 1 to {len(scales)} here, got {num_scales}")
             indices = indices[:, : sum(s * s for s in scales[:num_scales])]
-        low, high = int(indices.min()), int(indices.max())
+        low, high = (int(x) for x in indices.aminmax()) if indices.numel() else (0, 0)
         if low < 0 or high >= self.config.codebook_size:
             raise UserError(
                 f"indices run from {low} to {high}; this codebook has 0 to {self.config.codebook_size - 1}"
@@ -293,10 +301,16 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             strategy: `"last"`: the final quantized map, `[B, g * g, D]`; `"last-semantic"`: its semantic
                 flows' channels; `"all-residual"`: the code vectors of every scale, `[B, L, D]`; `"all"`: the
                 running sum after each scale, area-reduced to that scale, `[B, L, D]`.
+
+        The same in training mode: a language model around this tower may be training, the tower is not.
+
+        Raises:
+            UserError: unknown strategy; "last-semantic" of a model without a semantic flow.
         """
         if strategy not in FEATURE_STRATEGIES:
             raise UserError(f"strategy {strategy!r} is not one of {', '.join(FEATURE_STRATEGIES)}")
-        encoded = self.encode(pixel_values)
+        with as_at_inference(self.encoders, self.quantizer):
+            encoded = self.encode(pixel_values)
         indices, maps = encoded.indices, encoded.quantized
         if strategy == "all-residual":
             return self.quantizer.quantizer.lookup(indices)
@@ -305,16 +319,30 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             reduced = [reduce_area(x, s).flatten(2) for x, s in zip(sums, self.config.scales, strict=True)]
             return torch.cat(reduced, dim=2).transpose(1, 2)
         if strategy == "last-semantic":
+            names = [flow.name for flow in self.config.flow_specs if flow.kind == "semantic"]
+            if not names:
+                raise UserError("strategy 'last-semantic' needs a semantic flow; this model has none")
             parts = self.split_flows(maps)
-            maps = torch.cat(
-                [parts[flow.name] for flow in self.config.flow_specs if flow.kind == "semantic"], dim=1
-            )
+            maps = torch.cat([parts[name] for name in names], dim=1)
         return maps.flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """The vision tower: features of `config.feature_strategy`, in the dtype the model was cast to."""
         features = self.features(pixel_values, self.config.feature_strategy).to(self.decoder_dtype)
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+
+@contextmanager
+def as_at_inference(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; each submodule's own mode comes back."""
+    modes = [(child, child.training) for module in modules for child in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
 
 
 def resize_image(x: Tensor, side: int) -> Tensor:
