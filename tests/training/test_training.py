@@ -301,6 +301,14 @@ def test_sources_are_named_in_one_word(text, path, weight, only):
             {"model": ModelRecipe(preset="tokenflow-tiny", teacher="./no/teacher")},
             "no teacher at ./no/teacher",
         ),
+        (
+            {"model": ModelRecipe(preset="tokenflow-tiny", teacher="runs/no-teacher/export")},
+            "no teacher at runs/no-teacher/export: make one with `tokenflow train teacher tokenflow-tiny-tea",
+        ),
+        (  # a folder without a model stands for a hub that cannot be reached
+            {"model": ModelRecipe(preset="tokenflow-tiny", teacher="/")},
+            r"cannot load the teacher / \(.+\): make one with .+ or give --model.teacher FOLDER",
+        ),
         ({"model": ModelRecipe(preset="tokenflow-tiny")}, "the semantic loss needs a teacher"),
     ],
 )

@@ -73,13 +73,25 @@ def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
 
 
 def build_teacher(recipe: ModelRecipe, config: TokenFlowConfig) -> SemanticTeacher | None:
-    """The frozen teacher of the flow "semantic"; None without such a flow or teacher."""
+    """The frozen teacher of the flow "semantic"; None without such a flow or teacher.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or its features do not have the flow's `target_dim`.
+    """
     flow = next((flow for flow in config.flow_specs if flow.name == "semantic"), None)
     if not isinstance(flow, SemanticFlow) or not recipe.teacher:
         return None
-    if not Path(recipe.teacher).exists() and recipe.teacher.startswith((".", "/", "~")):
-        raise UserError(f"no teacher at {recipe.teacher}; give a transformers folder with --model.teacher")
-    teacher = SemanticTeacher.from_pretrained(recipe.teacher, flow.hidden_state, flow.final_norm)
+    fix = "make one with `tokenflow train teacher tokenflow-tiny-teacher` or give --model.teacher FOLDER"
+    local = recipe.teacher.startswith((".", "/", "~")) or recipe.teacher.count("/") > 1  # no hub name
+    if local and not Path(recipe.teacher).exists():
+        raise UserError(f"no teacher at {recipe.teacher}: {fix}")
+    try:
+        teacher = SemanticTeacher.from_pretrained(recipe.teacher, flow.hidden_state, flow.final_norm)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # of transformers and the hub, several lines long
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"cannot load the teacher {recipe.teacher} ({reason}): {fix}") from error
     width = teacher.tower.width if teacher.projection is None else teacher.projection.out_features
     if width != flow.target_dim:
         raise UserError(
