@@ -287,6 +287,15 @@ def test_construction_initialises_every_tensor():
     )
 
 
+def test_codebooks_that_a_file_lacks_are_fresh(small_model_folder, tmp_path):
+    model = TokenFlowModel.from_pretrained(small_model_folder)
+    kept = {name: value for name, value in model.state_dict().items() if "codebooks" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = TokenFlowModel.from_pretrained(tmp_path)
+    for codebook in loaded.quantizer.quantizer.codebooks.values():
+        torch.testing.assert_close(codebook.norm(dim=-1), torch.ones(64))
+
+
 def test_a_file_in_half_precision_is_loaded_as_float32(small_model_folder, tmp_path):
     weights = {
         name: tensor.half() for name, tensor in load_file(small_model_folder / "model.safetensors").items()

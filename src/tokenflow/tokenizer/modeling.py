@@ -100,12 +100,11 @@ class TokenFlowPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Covers every module of ours with parameters: what is left out here stays as it was allocated.
-        if isinstance(module, SharedMappingQuantizer):
-            for name, codebook in module.codebooks.items():
-                fresh = torch.empty_like(codebook).uniform_(
-                    -1 / module.codebook_size, 1 / module.codebook_size
-                )
-                init.copy_(module.codebooks[name], F.normalize(fresh, dim=-1) if module.l2_norm else fresh)
+        if isinstance(module, nn.ParameterDict):  # the codebooks
+            for name, codebook in module.items():
+                fresh = torch.empty_like(codebook).uniform_(-1 / len(codebook), 1 / len(codebook))
+                init.copy_(module[name], F.normalize(fresh, dim=-1) if self.config.l2_norm else fresh)
+        elif isinstance(module, SharedMappingQuantizer):
             if module.update == "ema":
                 init.zeros_(module.cluster_size)
             if module.init == "kmeans":
