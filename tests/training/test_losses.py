@@ -64,6 +64,10 @@ def test_defaults_are_the_papers():
             "loss.perceptual='vgg' is unknown: use one of lpips, vgg16-trunk, teacher, none",
         ),
         ({"semantic": "l1"}, "loss.semantic='l1' is unknown: use one of cosine, l2"),
+        (
+            {"perceptual": "none", "perceptual_file": "vgg.pth"},
+            "loss.perceptual_file='vgg.pth' would not be read: loss.perceptual is 'none'",
+        ),
         ({"discriminator_weight": -1.0}, "loss.discriminator_weight=-1.0 must not be negative"),
         ({"perceptual_stages": 6}, "loss.perceptual_stages=6: VGG16 has 5 stages"),
     ],

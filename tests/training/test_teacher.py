@@ -77,7 +77,7 @@ def recipe(tmp_path_factory):
         classifier=str(root / "lite0.pth"),
         classifier_names=str(root / "names.tsv"),
         text_encoder=str(root / "text"),
-        output=str(root / "run"),
+        output_dir=str(root / "run"),
         image_size=32,
         patch_size=8,
         hidden_size=16,
@@ -114,7 +114,7 @@ def test_cache_holds_pictures_features_and_texts(recipe, cache):
 
 
 def test_two_processes_fill_one_cache(recipe, cache, tmp_path):
-    shared = dataclasses.replace(recipe, output=str(tmp_path))
+    shared = dataclasses.replace(recipe, output_dir=str(tmp_path))
     barrier = threading.Barrier(2)
     threads = [threading.Thread(target=build_cache, args=(shared, r, 2, barrier.wait)) for r in range(2)]
     for thread in threads:
@@ -127,7 +127,7 @@ def test_two_processes_fill_one_cache(recipe, cache, tmp_path):
 
 
 def test_missing_pack_is_named(recipe, tmp_path):
-    broken = dataclasses.replace(recipe, packs=[str(tmp_path / "nothing")], output=str(tmp_path))
+    broken = dataclasses.replace(recipe, packs=[str(tmp_path / "nothing")], output_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"nothing: no train\.parquet"):
         build_cache(broken)
 
@@ -226,9 +226,11 @@ def test_resuming_gives_the_same_weights(recipe, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "learning_rate", lambda *args: 1e-3)
     monkeypatch.setattr(teacher, "build_cache", lambda *args: cache)
     plain = dataclasses.replace(recipe, drop_patches=0.0)
-    whole = teacher.train_teacher(dataclasses.replace(plain, output=str(tmp_path / "whole")))
+    whole = teacher.train_teacher(dataclasses.replace(plain, output_dir=str(tmp_path / "whole")))
     for steps in (2, 4):
-        parts = teacher.train_teacher(dataclasses.replace(plain, steps=steps, output=str(tmp_path / "parts")))
+        parts = teacher.train_teacher(
+            dataclasses.replace(plain, steps=steps, output_dir=str(tmp_path / "parts"))
+        )
     expected, found = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -238,7 +240,7 @@ def test_resuming_gives_the_same_weights(recipe, cache, tmp_path, monkeypatch):
 
 def test_export_serves_evaluation(recipe, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "build_cache", lambda *args: cache)
-    minutes = dataclasses.replace(recipe, output=str(tmp_path), max_minutes=60.0)
+    minutes = dataclasses.replace(recipe, output_dir=str(tmp_path), max_minutes=60.0)
     folder = teacher.train_teacher(minutes)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoint.pt",

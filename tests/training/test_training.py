@@ -18,6 +18,7 @@ from tiny_run import log_lines, prepare, tiny_recipe
 from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
 from tokenflow.recipes import RECIPES, recipe
+from tokenflow.recipes.teacher import tokenflow_tiny_teacher
 from tokenflow.training.averaging import WeightAverage
 from tokenflow.training.loop import Trainer, train_tokenizer
 from tokenflow.training.loss_config import LossConfig
@@ -330,6 +331,10 @@ def test_recipes_describe_models_that_can_be_built(name):
     config = build_config(recipe(name).model)
     assert config.num_tokens == sum(side * side for side in config.scales)
     assert recipe(name).output_dir == f"runs/{name}"
+
+
+def test_the_tiny_tokenizer_looks_for_its_teacher_where_the_teacher_is_written():
+    assert recipe("tokenflow-tiny").model.teacher == f"{tokenflow_tiny_teacher().output_dir}/export"
 
 
 def test_recipes_are_read_without_torch():

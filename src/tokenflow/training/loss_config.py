@@ -60,6 +60,13 @@ class LossConfig:
                 raise UserError(
                     f"loss.{field.name}={value} must not be negative: use 0 to switch the term off"
                 )
+        if self.perceptual in ("teacher", "none"):
+            for name in ("perceptual_file", "lpips_heads_file"):
+                if value := getattr(self, name):
+                    raise UserError(
+                        f"loss.{name}={value!r} would not be read: loss.perceptual is {self.perceptual!r}, "
+                        "use lpips or vgg16-trunk"
+                    )
         if not 1 <= self.perceptual_stages <= 5:
             raise UserError(
                 f"loss.perceptual_stages={self.perceptual_stages}: VGG16 has 5 stages, use 1 to 5"

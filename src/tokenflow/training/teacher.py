@@ -263,7 +263,7 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     from accelerate.utils import broadcast
 
     accelerator = Accelerator(cpu=True)
-    main, output = accelerator.is_main_process, Path(recipe.output)
+    main, output = accelerator.is_main_process, Path(recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     cache = build_cache(
         recipe, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone

@@ -168,7 +168,7 @@ def build_cache(
     Args:
         barrier: called where every process must wait for the others.
     """
-    folder = Path(recipe.output) / f"cache-{_describe(recipe)}"
+    folder = Path(recipe.output_dir) / f"cache-{_describe(recipe)}"
     images_done, features_done = folder / "sources.json", folder / f"features-done-{rank}-of-{world_size}"
     all_done = folder / "done"
     if not all_done.exists():

@@ -19,7 +19,7 @@ class TeacherRecipe:
     classifier: str = "packs/models/efficientnet-lite0"
     classifier_names: str = "packs/imagenet_1k.tsv"  # columns index, wnid, name: the classifier's own classes
     text_encoder: str = "packs/models/all-minilm-l6-v2"
-    output: str = "runs/teacher"
+    output_dir: str = "runs/tokenflow-tiny-teacher"  # its export/ is the teacher of the recipe tokenflow-tiny
 
     # The image tower (CLIPVisionConfig); its projection has the width of the sentence encoder.
     image_size: int = 128
