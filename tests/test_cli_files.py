@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tokenflow.cli import main
 from tokenflow.tokenizer.token_file import load_tokens
@@ -253,6 +255,23 @@ def test_a_damaged_model_is_explained(run, small_model_folder):
         data = file.read_bytes()
         Path("damaged", file.name).write_bytes(data[:-100] if file.suffix == ".safetensors" else data)
     assert "cannot load model damaged" in the_error(run("encode", "a.png", "-o", "t", "-m", "damaged"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "of another shape"])
+def test_weights_that_do_not_fit_are_refused(run, small_model_folder, fault):
+    photo().save("a.png")
+    shutil.copytree(small_model_folder, "mine")
+    weights = load_file("mine/model.safetensors")
+    key = min(weights)
+    weight = weights.pop(key)
+    if fault == "unexpected":
+        weights |= {key: weight, "surplus.weight": weight.clone()}
+        key = "surplus.weight"
+    elif fault == "of another shape":
+        weights[key] = weight.repeat(2, *[1] * (weight.ndim - 1))
+    save_file(weights, "mine/model.safetensors", {"format": "pt"})
+    error = the_error(run("encode", "a.png", "-o", "t", "-m", "mine"))
+    assert f"the weights of model mine do not fit its config.json: 1 {fault}, first {key}" in error
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,11 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
             kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
             if kind != TokenFlowConfig.model_type:
                 raise UserError(f"{name} is not a tokenflow tokenizer: its config says model_type {kind!r}")
-        model = TokenFlowModel.from_pretrained(folder)
+        # transformers only warns of weights that do not fit and leaves their places with random values.
+        model, report = TokenFlowModel.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        _check_weights(name, report)
         try:
             processor = TokenFlowImageProcessor.from_pretrained(folder)
         except OSError:  # a folder without preprocessor_config.json, as training writes while it runs
@@ -239,6 +243,20 @@ def describe(name: str) -> dict[str, str]:
     if folder.is_dir():
         about["folder"] = str(folder)
     return about
+
+
+def _check_weights(name: str, report: dict[str, Any]) -> None:
+    mismatched = [key for key, *_ in report["mismatched_keys"]]
+    for what, keys in {
+        "missing": report["missing_keys"],
+        "unexpected": report["unexpected_keys"],
+        "of another shape": mismatched,
+    }.items():
+        if keys:
+            raise UserError(
+                f"the weights of model {name} do not fit its config.json: "
+                f"{len(keys)} {what}, first {min(keys)}"
+            )
 
 
 def _weights_line(file: Path) -> str:
