@@ -105,6 +105,26 @@ def test_a_run_with_more_steps_goes_on_where_it_ended(files):
     assert [line["step"] for line in log_lines(recipe)] == [1, 2, 3]
 
 
+def test_a_run_that_goes_on_with_another_recipe_says_what_changed(files, caplog):
+    recipe = tiny_recipe(files, "changed", steps=1)
+    train_tokenizer(recipe)
+    train_tokenizer(replace(recipe, steps=2, log_every=2, keep=3))
+    assert "another recipe" not in caplog.text
+    train_tokenizer(replace(recipe, steps=3, optimizer=replace(recipe.optimizer, lr=0.5), max_bad_steps=9))
+    assert "goes on with another recipe: optimizer.lr 0.001 -> 0.5, max_bad_steps 20 -> 9" in caplog.text
+
+
+def test_the_end_of_a_run_is_logged_and_the_line_of_the_whole_interval_stays_whole(files):
+    optimizer = OptimizerRecipe(lr=1e-3, ema_decay=0.99)  # a schedule would depend on `steps`
+    whole = tiny_recipe(files, "whole", steps=4, log_every=4, optimizer=optimizer)
+    train_tokenizer(whole)
+    parts = replace(whole, output_dir=str(files / "parts"))
+    train_tokenizer(replace(parts, steps=3))
+    assert [line["step"] for line in log_lines(parts)] == [3]
+    train_tokenizer(parts)
+    assert log_lines(parts)[1:] == log_lines(whole)
+
+
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(files):
     def gradients(accumulation: int) -> dict[str, torch.Tensor]:
         recipe = tiny_recipe(files, loss=LossConfig(perceptual="none", discriminator="none"))

@@ -40,7 +40,7 @@ from tokenflow.tokenizer.quantizer import CodeUsage
 from tokenflow.training import checkpointing
 from tokenflow.training.averaging import WeightAverage, whole
 from tokenflow.training.losses import TokenizerLoss
-from tokenflow.training.progress import LogFile, StopRequest, lr_factor
+from tokenflow.training.progress import LogFile, StopRequest, lr_factor, recipe_changes
 from tokenflow.training.recipe import TrainRecipe
 from tokenflow.training.samples import mean_psnr, picture_grid, sample_pictures, to_uint8, write_picture
 from tokenflow.training.tokenizer import (
@@ -186,7 +186,7 @@ class Trainer:
             mininterval=1.0,
             dynamic_ncols=True,
         )
-        earlier, saved, last_log = self.seconds, self.step, started
+        earlier, saved, logged, last_log = self.seconds, self.step, self.step, started
         with StopRequest(recipe.max_minutes) as stop:
             while self.step < recipe.steps and stop.reason is None:
                 self.train_step()
@@ -194,8 +194,8 @@ class Trainer:
                 bar.update()
                 if self.step % recipe.log_every == 0:
                     now = time.monotonic()
-                    self.log(bar, now - last_log)
-                    last_log = now
+                    self.log(bar, self.step - logged, now - last_log)
+                    logged, last_log = self.step, now
                 if self.step % recipe.sample_every == 0:
                     self.sample()
                 if self.step % recipe.checkpoint_every == 0:
@@ -204,6 +204,8 @@ class Trainer:
                 stop.check(self.accelerator)
             if saved != self.step or self.step == 0:
                 self.save()
+            if logged != self.step:  # after saving: a run that goes on needs the sums of its whole next line
+                self.log(bar, self.step - logged, time.monotonic() - last_log)
             if self.step % recipe.sample_every:
                 self.sample()
         bar.close()
@@ -275,8 +277,12 @@ class Trainer:
             )
 
     # ------------------------------------------------------------------------------------------------ reports
-    def log(self, bar: tqdm, seconds: float) -> None:
-        """One line of log.jsonl, the trackers and the progress bar, with means since the last line."""
+    def log(self, bar: tqdm, steps: int, seconds: float) -> None:
+        """One line of log.jsonl, the trackers and the progress bar, with means since the last line.
+
+        Args:
+            steps, seconds: how many and how long since this invocation's last line, for the speed.
+        """
         means = self.means()
         if not self.accelerator.is_main_process:
             return
@@ -285,7 +291,7 @@ class Trainer:
         values = {
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": self.recipe.log_every * self.recipe.data.batch_size / max(seconds, 1e-9),
+            "images_per_second": steps * self.recipe.data.batch_size / max(seconds, 1e-9),
             "usage": quantizer.quantizer.usage.fraction(size),
             **{
                 f"usage_scale/{side}": cast(CodeUsage, usage).fraction(size)
@@ -433,6 +439,11 @@ class Trainer:
         self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.skipped_steps, self.bad_in_a_row = progress["skipped_steps"], progress["bad_in_a_row"]
+        before = self.folder / "recipe.json"
+        if self.accelerator.is_main_process and before.exists():
+            changes = recipe_changes(checkpointing.load_json(before), asdict(self.recipe))
+            if changes:
+                logger.warning("%s goes on with another recipe: %s", folder, ", ".join(changes))
         logger.info("going on from %s", folder)
 
     def close(self) -> None:

@@ -27,6 +27,27 @@ def lr_factor(step: int, recipe: TrainRecipe) -> float:
     return o.final_lr + (1 - o.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+# What may change from one invocation of a run to the next without another course of the training.
+FREE_FIELDS = {"steps", "max_minutes", "output_dir", "keep", "trackers", "data.num_workers"}
+
+
+def recipe_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Fields that differ, as "optimizer.lr 0.001 -> 0.0005", but for those that may change freely.
+
+    Args:
+        before: a recipe as recipe.json holds it.
+        now: a recipe as a dict.
+    """
+    changes = []
+    for key, value in json.loads(json.dumps(now)).items():  # tuples become lists, as in the file
+        name, old = prefix + key, before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changes += recipe_changes(old, value, f"{name}.")
+        elif value != old and name not in FREE_FIELDS and not name.endswith("_every"):
+            changes.append(f"{name} {old} -> {value}")
+    return changes
+
+
 class LogFile:
     """log.jsonl: one JSON object a line.
 
