@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tokenflow.data.images import ImageError, read_image
-from tokenflow.data.sources import Source, encoded_image, open_source
+from tokenflow.data.sources import Source, default_split, encoded_image, open_source
 from tokenflow.errors import UserError
 
 both_ways = pytest.mark.parametrize("streaming", [False, True])
@@ -127,6 +127,20 @@ def test_image_folder_with_splits(packs, tmp_path):
     packs.folder(tmp_path / "val", [2])
     assert ids_of(Source(str(tmp_path), split="val")) == [2]
     refused(Source(str(tmp_path), split="dev"), "no split 'dev'", "train, val")
+
+
+@pytest.mark.parametrize(
+    ("folders", "split"),
+    [((), "train"), (("train", "val"), "val"), (("test",), "test"), (("train", "test"), "val")],
+)
+def test_the_default_split(packs, tmp_path, folders, split):
+    for name in folders:
+        (tmp_path / name).mkdir()
+    assert default_split(str(tmp_path)) == split
+    for name in folders:
+        packs.parquet(tmp_path / f"{name}.parquet", [0])
+    assert default_split(str(tmp_path)) == split
+    assert default_split("someone/photos") == "val"
 
 
 def test_image_names_are_not_taken_for_splits(packs, tmp_path):

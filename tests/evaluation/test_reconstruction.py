@@ -172,6 +172,15 @@ def test_a_model_is_measured_from_a_folder_to_a_file(photographs, small_model_fo
     assert again["metrics"]["PSNR (dB)"] == pytest.approx(metrics["PSNR (dB)"], abs=1e-3)
 
 
+def test_a_folder_without_splits_is_measured_whole(photographs, small_model_folder):
+    plain = ReconstructionEval(data=str(photographs / "val"), model=str(small_model_folder))
+    reference = run(plain)["fingerprint"]["reference"]
+    assert (reference["split"], reference["pictures"]) == ("train", 7)
+    assert run(dataclasses.replace(plain, split="train"))["fingerprint"]["reference"] == reference
+    with pytest.raises(UserError, match="has no split 'val'"):
+        run(dataclasses.replace(plain, split="val"))
+
+
 def test_psnr_equals_the_public_way_through_processor_and_postprocess(photographs, small_model_folder):
     from tokenflow import TokenFlowImageProcessor, TokenFlowModel
 

@@ -111,6 +111,19 @@ def open_source(source: Source) -> OpenSource:
     return OpenSource(source, dataset, column)
 
 
+def default_split(path_or_name: str) -> str:
+    """What to measure on if nobody says: "val", or the only split of a folder ("train" if it has none)."""
+    folder = Path(path_or_name).expanduser()
+    if not folder.is_dir():
+        return "val"
+    found: set[str | None] = set(_split_folders(folder))
+    for suffix in _BUILDERS:
+        if splits := _split_of_files(folder, suffix):
+            found = {*splits.values()} - {None}
+            break
+    return "val" if len(found) > 1 else next(iter(found), None) or "train"
+
+
 def stream_rows(source: Source, dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows of a streaming data set; a shard that breaks off is a UserError that names the source."""
     try:
@@ -175,9 +188,7 @@ def _builder_of(source: Source, path: Path) -> str:
 
 def _files_of_split(source: Source, folder: Path, suffix: str) -> list[str]:
     """Files of a split: split.parquet, split-00000-of-00010.parquet, split/*.parquet or data/split-*."""
-    splits = {file: _split_in(file.stem) for file in sorted(folder.glob(f"*{suffix}"))}
-    for file in sorted(folder.glob(f"*/*{suffix}")):
-        splits[file] = _split_in(file.stem) or _split_in(file.parent.name)
+    splits = _split_of_files(folder, suffix)
     found = {split for split in splits.values() if split}
     if splits and not found:
         _require_train(source)
@@ -191,13 +202,24 @@ def _files_of_split(source: Source, folder: Path, suffix: str) -> list[str]:
 
 
 def _image_folder(source: Source, folder: Path) -> Path:
-    found = sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_in(child.name))
+    found = _split_folders(folder)
     if source.split in found:
         return folder / source.split
     if found:
         raise UserError(f"{source.path_or_name} has no split {source.split!r}; it has {', '.join(found)}")
     _require_train(source)
     return folder
+
+
+def _split_of_files(folder: Path, suffix: str) -> dict[Path, str | None]:
+    splits = {file: _split_in(file.stem) for file in sorted(folder.glob(f"*{suffix}"))}
+    for file in sorted(folder.glob(f"*/*{suffix}")):
+        splits[file] = _split_in(file.stem) or _split_in(file.parent.name)
+    return splits
+
+
+def _split_folders(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and _split_in(child.name))
 
 
 def _split_in(name: str) -> str | None:

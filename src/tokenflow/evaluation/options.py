@@ -22,8 +22,9 @@ class ReconstructionEval:
     name."""
     model: str = "tokenflow-tiny"
     """A bundled name, a folder, or a hub name."""
-    split: str = "val"
-    """The split of `data` to rebuild."""
+    split: str | None = None
+    """The split of `data` to rebuild; by default "val", or the only one of a folder ("train" if it has no
+    splits)."""
     baseline: str | None = None
     """Measure a yardstick in place of the model, on pictures of the model's size: shrink:N (box to N x N
     pixels and back), webp:N or jpeg:N (best picture of at most N bytes)."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.data.loader import iterate_eval
-from tokenflow.data.sources import Source
+from tokenflow.data.sources import Source, default_split
 from tokenflow.errors import UserError
 from tokenflow.evaluation import baselines, pictures, report
 from tokenflow.evaluation.inception import FidInception, GaussianStatistics, frechet_distance
@@ -225,7 +225,7 @@ def run(options: ReconstructionEval) -> report.Result:
         settings["inception_sha256"] = report.file_sha256(options.inception)
     result = evaluate_reconstruction(
         subject,
-        Source(options.data, split=options.split),
+        Source(options.data, split=options.split or default_split(options.data)),
         name=options.model,
         image_size=image_size,
         limit=options.limit,
