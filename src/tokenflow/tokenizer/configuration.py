@@ -238,7 +238,10 @@ class TokenFlowConfig(PreTrainedConfig):
         if self.pixel_decoder is not None:
             for name in PixelDecoderSpec(**self.pixel_decoder).flows:
                 if name not in names:
-                    raise UserError(f"pixel_decoder reads flow {name!r}; the flows are {names}")
+                    raise UserError(
+                        f"pixel_decoder reads flow {name!r}; the flows are {names}: set pixel_decoder=None, "
+                        "or its flows to some of these"
+                    )
         if self.feature_strategy == "last-semantic" and not any(
             flow["kind"] == "semantic" for flow in self.flows
         ):
