@@ -243,9 +243,10 @@ def test_unknown_models_and_other_folders_are_explained(run, tmp_path):
         "no-such-model": "unknown model 'no-such-model'",
         "./nowhere": "no model folder at ./nowhere",
         "llama": "llama is not a tokenflow tokenizer: its config says model_type 'llama'",
-        "empty": "cannot load model empty",
+        "empty": "empty is not a model: there is no config.json in it",
     }.items():
         assert message in the_error(run("encode", "a.png", "-o", "t", "-m", model))
+        assert message in the_error(run("info", model))
 
 
 def test_a_damaged_model_is_explained(run, small_model_folder):

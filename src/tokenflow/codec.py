@@ -54,11 +54,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
         UserError: no such model, another kind of model, damaged files, or no such device.
     """
     folder = resolve(name)
+    _config(name)
     try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
-            if kind != TokenFlowConfig.model_type:
-                raise UserError(f"{name} is not a tokenflow tokenizer: its config says model_type {kind!r}")
         # transformers only warns of weights that do not fit and leaves their places with random values.
         model, report = TokenFlowModel.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True
@@ -222,13 +219,7 @@ def describe(name: str) -> dict[str, str]:
             "scales": " ".join(map(str, tokens.scales)),
             "files": ", ".join(tokens.files[:5]) + (" ..." if len(tokens.files) > 5 else ""),
         }
-    folder = Path(resolve(name))
-    try:
-        config = TokenFlowConfig.from_pretrained(name)  # a hub name, too, which is no path
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {name}: {_first_line(error)}") from error
+    folder, config = Path(resolve(name)), _config(name)
     flows = [f"{flow.name} {flow.dim} dims, weight {flow.weight:g}" for flow in config.flow_specs]
     about = {
         "model": name,
@@ -243,6 +234,22 @@ def describe(name: str) -> dict[str, str]:
     if folder.is_dir():
         about["folder"] = str(folder)
     return about
+
+
+def _config(name: str) -> TokenFlowConfig:
+    """A model's configuration; anything else that `name` may be is a UserError, never default values."""
+    try:
+        found, _ = TokenFlowConfig.get_config_dict(resolve(name))
+        if not found:
+            raise UserError(f"{name} is not a model: there is no config.json in it")
+        kind = found.get("model_type")
+        if kind != TokenFlowConfig.model_type:
+            raise UserError(f"{name} is not a tokenflow tokenizer: its config says model_type {kind!r}")
+        return TokenFlowConfig.from_dict(found)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load model {name}: {_first_line(error)}") from error
 
 
 def _check_weights(name: str, report: dict[str, Any]) -> None:
