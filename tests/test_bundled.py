@@ -40,6 +40,15 @@ def test_a_misspelt_name_suggests_the_nearest(two_models, name):
         bundled_path(name)
 
 
+def test_a_preset_without_weights_says_where_to_get_them(two_models, tmp_path):
+    with pytest.raises(
+        UserError, match=r"'tokenflow-b-256' has no weights here.*tokenflow convert FILE FOLDER"
+    ):
+        resolve("tokenflow-b-256")
+    (tmp_path / "tokenflow-b-256").mkdir()  # what `convert` made
+    assert resolve("tokenflow-b-256") == "tokenflow-b-256"
+
+
 @pytest.mark.parametrize("path", ["./missing", "/no/such/folder", "a/b/c"])
 def test_a_missing_folder_is_named(two_models, path):
     with pytest.raises(UserError, match=f"no model folder at {path}"):

@@ -31,7 +31,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
     """What `from_pretrained` should load: a bundled model's folder, another folder, or a hub name.
 
     Raises:
-        UserError: it is none of the three: a bare name that is not bundled, or a path that does not exist.
+        UserError: it is none of the three: a bare name that is not bundled, such as that of a preset, or a
+            path that does not exist.
     """
     name = os.fspath(name_or_path)
     if name in bundled_names():
@@ -42,4 +43,11 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
         raise UserError(f"no model folder at {name}; bundled models: {', '.join(bundled_names())}")
     if "/" in name:
         return name  # organisation/model on the hub
+    from tokenflow.tokenizer.configuration import PRESETS  # heavy, and needed for this message only
+
+    if name in PRESETS:
+        raise UserError(
+            f"preset {name!r} has no weights here; make a model of its released checkpoint with "
+            "`tokenflow convert FILE FOLDER` and name that FOLDER"
+        )
     raise unknown_name("model", name, bundled_names())
