@@ -73,7 +73,7 @@ def test_usage_window():
     model(seeded_tensor("quantizer_case.z_second", (2, 40, 3, 3)))
     recent = model.usage.recent[:116].float()  # first in, first out: the golden's tail in the same order
     assert torch.equal(recent, golden["codebook_used_tail"])
-    # The released window starts full of zeros: there code 0 counts as used, and the share is over all K codes.
+    # The released window starts full of zeros: there code 0 counts as used, and the share is of all K codes.
     distinct = len(set(recent.tolist()) | {0.0})
     assert distinct / 512 == golden["usage_after_second_call"].item()
     assert model.usage.fraction(512) == len(set(recent.tolist())) / 116
@@ -155,8 +155,8 @@ def test_norm_ema():
 
 
 def test_kmeans_then_ema():
-    """The released k-means mode leaves its pixel codes at zero (README quirk 17), so only its semantic half is
-    a reference: the same codes, cluster sizes and choices as a quantizer with that one flow."""
+    """The released k-means mode leaves its pixel codes at zero (README quirk 17), so only its semantic half
+    is a reference: the same codes, cluster sizes and choices as a quantizer with that one flow."""
     golden = load("kmeans_ema")
     model = SharedMappingQuantizer([("semantic", 32, 1.0)], 32, init="kmeans", update="ema").train()
     z = golden["z"][:, :32]
