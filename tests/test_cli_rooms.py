@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tokenflow.cli import main
+from tokenflow.training.loop import TrainResult
 
 
 @pytest.fixture
@@ -91,6 +92,17 @@ def test_train_makes_a_model_that_the_other_commands_load(run):
     assert code == 0
     assert len(list(Path("rebuilt").iterdir())) == 5
     assert "no-photos" in the_error(run(*train, *losses, "--data.sources", "no-photos", "--steps", 1))
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "expected"), [("steps", 0), ("max_minutes", 0), ("SIGINT", 130), ("SIGTERM", 143)]
+)
+def test_a_training_stopped_by_a_signal_does_not_look_done(run, monkeypatch, stopped_by, expected):
+    done = TrainResult(3, stopped_by, Path("runs/mine/export"))
+    monkeypatch.setattr("tokenflow.training.loop.train_tokenizer", lambda recipe: done)
+    code, out, _ = run("train", "tokenizer", "tokenflow-tiny")
+    assert code == expected
+    assert out == f"step 3 (stopped by {stopped_by}); the model: runs/mine/export\n"
 
 
 def test_demo_says_where_page_and_picture_are(run):

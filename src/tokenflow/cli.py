@@ -1,7 +1,8 @@
 """The command line: a command is a few lines that call one function of a room.
 
 Heavy imports stay inside the functions, so that every `--help` answers at once. Mistakes of the user end as
-one line, `tokenflow: error: ...`, with exit code 2; Ctrl-C ends with 130 and leaves no half file.
+one line, `tokenflow: error: ...`, with exit code 2; Ctrl-C ends with 130 and leaves no half file. A command
+that returns a number chooses its exit code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -195,23 +197,25 @@ def eval_compare(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RE
     Console(soft_wrap=True).print(compare([read(path) for path in results]))
 
 
-def _training(make: Callable[[], Any], start: Callable[[Any], None]) -> Callable[..., None]:
+def _training(make: Callable[[], Any], start: Callable[[Any], int | None]) -> Callable[..., int | None]:
     """A command that trains by the recipe of `make`, with every value of it as an option."""
     recipe = make()
 
-    def train(recipe: Any = recipe) -> None:
-        start(recipe)
+    def train(recipe: Any = recipe) -> int | None:
+        return start(recipe)
 
     train.__doc__ = (make.func if isinstance(make, functools.partial) else make).__doc__
     train.__annotations__["recipe"] = Annotated[type(recipe), arg(name="")]
     return train
 
 
-def _train_tokenizer(recipe: Any) -> None:
+def _train_tokenizer(recipe: Any) -> int:
     from tokenflow.training.loop import train_tokenizer
 
     done = train_tokenizer(recipe)
     _say_once(f"step {done.step} (stopped by {done.stopped_by}); the model: {done.export}")
+    # A stopped run must not look done to `train && eval`; the shell's codes are 130 and 143.
+    return 128 + signal.Signals[done.stopped_by] if done.stopped_by in ("SIGINT", "SIGTERM") else 0
 
 
 def _train_teacher(recipe: Any) -> None:
@@ -264,12 +268,12 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Run one command; its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     # Read by transformers when it is imported: its bars and notes would drown ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"tokenflow: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -293,26 +297,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tokenflow: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> int:
     commands: Any = COMMANDS
     words = ["tokenflow"]
     while isinstance(commands, dict):
         if not arguments or arguments[0] in ("-h", "--help"):
             _overview(words, commands)
-            return
+            return 0
         name = arguments.pop(0)
         if len(words) == 1 and name == "--version":
             print(f"tokenflow {__version__}")
-            return
+            return 0
         if name not in commands:
             what = "option" if name.startswith("-") else _next_word(words)
             raise unknown_name(what, name, commands)
         commands = commands[name]
         words.append(name)
-    _parse(commands, " ".join(words), arguments)()
+    return _parse(commands, " ".join(words), arguments)() or 0
 
 
 def _next_word(words: Sequence[str]) -> str:
