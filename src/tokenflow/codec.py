@@ -175,6 +175,9 @@ def reconstruct_files(
     Raises:
         UserError: as `encode_files`.
     """
+    if metrics:
+        import torchmetrics  # noqa: F401  (missing? Say so before the work, not after)
+
     from tokenflow.evaluation.reconstruction import psnr, ssim, to_uint8
 
     paths, folder = image_paths(images), Path(output)

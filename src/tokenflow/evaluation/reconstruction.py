@@ -208,6 +208,8 @@ def evaluate_reconstruction(
 def run(options: ReconstructionEval) -> report.Result:
     """What `tokenflow eval reconstruction` does: load, measure, write the JSON where asked. Prints nothing
     but progress."""
+    import torchmetrics  # noqa: F401  (missing? Say so before the work, not after)
+
     from tokenflow.codec import load
     from tokenflow.tokenizer.configuration import TokenFlowConfig
 

@@ -214,6 +214,8 @@ def evaluate_semantics(
 def run(options: SemanticsEval) -> report.Result:
     """What `tokenflow eval semantics` does: load, measure, write the JSON where asked. Prints nothing but
     progress."""
+    import sklearn  # noqa: F401  (missing? Say so before the work, not after)
+
     from tokenflow.bundled import resolve
     from tokenflow.codec import load
     from tokenflow.tokenizer.semantic import SemanticTeacher
