@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def work(rank: int, folder: str) -> None:
     mine = batch().chunk(PROCESSES)[rank]
     results = {name: step(mine) for name, step in STEPS.items()} | {"drops": drops()}
     torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads now and then abort a process that tears the interpreter down around them
 
 
 @pytest.fixture(scope="module")
