@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 NEIGHBOURS = 20
 PROBE_STRENGTH = 0.01  # scikit-learn's `C`, the inverse of the l2 penalty
@@ -41,18 +46,15 @@ def knn_accuracy(
     return hits / len(test)
 
 
-def linear_probe_accuracy(
+def fit_linear_probe(
     train: Tensor,
     train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
     inverse_strength: float = PROBE_STRENGTH,
     iterations: int = PROBE_ITERATIONS,
-) -> float:
-    """Accuracy of multinomial logistic regression (scikit-learn, L-BFGS) on features standardised by `train`.
+) -> Pipeline:
+    """Multinomial logistic regression (scikit-learn, L-BFGS) on features [N, D] standardised by `train`.
 
     Args:
-        train, test: features [N, D] and [M, D].
         inverse_strength: scikit-learn's `C`.
         iterations: of L-BFGS at most.
     """
@@ -68,7 +70,19 @@ def linear_probe_accuracy(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the budget is part of the definition
-        probe.fit(train.float().numpy(), train_labels.numpy())
+        return probe.fit(train.float().numpy(), train_labels.numpy())
+
+
+def linear_probe_accuracy(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    inverse_strength: float = PROBE_STRENGTH,
+    iterations: int = PROBE_ITERATIONS,
+) -> float:
+    """Accuracy on `test` [M, D] of `fit_linear_probe` on `train` [N, D]."""
+    probe = fit_linear_probe(train, train_labels, inverse_strength, iterations)
     return float(probe.score(test.float().numpy(), test_labels.numpy()))
 
 

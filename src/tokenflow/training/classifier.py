@@ -110,9 +110,17 @@ class EfficientNetLite(nn.Module):
             x = block(x)
         return x
 
+    def pooled(self, features: Tensor) -> Tensor:
+        """What the last layer reads [B, 1280] of (a crop of) a `trunk` map [B, 320, h, w]."""
+        return F.relu6(self._bn1(self._conv_head(features))).mean((2, 3))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits [B, 1000] of `pooled` features."""
+        return self._fc(pooled)
+
     def head(self, features: Tensor) -> Tensor:
         """Logits [B, 1000] of (a crop of) a `trunk` map [B, 320, h, w]."""
-        return self._fc(F.relu6(self._bn1(self._conv_head(features))).mean((2, 3)))
+        return self.classify(self.pooled(features))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits [B, 1000] of `pixel_values` [B, 3, H, W] in [-1, 1], best at H = W = `image_size`."""
