@@ -18,18 +18,33 @@ from tokenflow.bundled import bundled_path
 from tokenflow.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenflow.generation.configuration import TokenFlowTextToImageConfig
+    from tokenflow.generation.modeling import TokenFlowForTextToImage
+    from tokenflow.generation.pipeline import TextToImagePipeline
     from tokenflow.tokenizer.configuration import TokenFlowConfig
     from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
     from tokenflow.tokenizer.modeling import TokenFlowModel
 
 __version__ = "0.1.0"
 
-__all__ = ["TokenFlowConfig", "TokenFlowImageProcessor", "TokenFlowModel", "UserError", "bundled_path"]
+__all__ = [
+    "TextToImagePipeline",
+    "TokenFlowConfig",
+    "TokenFlowForTextToImage",
+    "TokenFlowImageProcessor",
+    "TokenFlowModel",
+    "TokenFlowTextToImageConfig",
+    "UserError",
+    "bundled_path",
+]
 
 _LAZY = {
+    "TextToImagePipeline": "tokenflow.generation.pipeline",
     "TokenFlowConfig": "tokenflow.tokenizer.configuration",
+    "TokenFlowForTextToImage": "tokenflow.generation.modeling",
     "TokenFlowImageProcessor": "tokenflow.tokenizer.image_processing",
     "TokenFlowModel": "tokenflow.tokenizer.modeling",
+    "TokenFlowTextToImageConfig": "tokenflow.generation.configuration",
 }
 
 
@@ -42,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted([*__all__, "__version__"])  # not what this file itself imports
 
 
 register_with_transformers()

@@ -1,0 +1,403 @@
+"""TokenFlowForTextToImage: a Llama that predicts an image's tokens scale by scale (Sec. 3.3).
+
+Notable, next to Llama:
+- norms come after the sublayers, inside the residual branch (as in OLMo 2); queries and keys are normalised
+  per head before the rotary embedding (as in Qwen 3);
+- a scale's positions carry what the scales before it add up to, not tokens: codes enter through a projector,
+  so there are no embedding rows for visual tokens, only head rows;
+- everything visual is shifted by one: the last text position predicts the first scale, so that "position i
+  predicts token i + 1" holds everywhere, and a zero vector fills the place after the image;
+- one position axis for text and image, on which the image always begins at the same place: left padding is
+  cut off rather than computed, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.utils import ModelOutput
+
+from tokenflow.errors import UserError
+from tokenflow.generation.codes import CodeTable
+from tokenflow.generation.configuration import TokenFlowTextToImageConfig
+from tokenflow.generation.masks import Segment, block_numbers, dense_mask, flex_mask
+from tokenflow.generation.prompt import add_pad_token, marker_ids
+from tokenflow.tokenizer.modeling import TokenFlowModel
+
+QK_NORM_EPS = 1e-6  # fixed in the released code, whatever rms_norm_eps is
+LOGITS_AT_A_TIME = 2**28  # of the loss; beyond it they are computed in pieces, and again in the backward pass
+
+
+@dataclass
+class TextToImageOutput(ModelOutput):
+    """Attributes:
+    loss: what is trained: `loss_vision`, plus `loss_text` if that was asked for.
+    loss_vision: mean over the codes, the closing marker and the end token of all rows, nats.
+    loss_text: mean over the prompts' tokens and the opening marker, nats; None unless asked for.
+    nll: `[B, N + len(closing marker) + 1]` float32, each target of `loss_vision`, detached.
+    """
+
+    loss: Tensor = None  # type: ignore[assignment]  # a ModelOutput's fields need defaults
+    loss_vision: Tensor = None  # type: ignore[assignment]
+    loss_text: Tensor | None = None
+    nll: Tensor = None  # type: ignore[assignment]
+
+
+class Attention(LlamaAttention):
+    """Llama's attention with query and key norms; the mask alone says who sees whom."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=QK_NORM_EPS)
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=QK_NORM_EPS)
+        self.is_causal = False
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):  # type: ignore[override]
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        # Masks are boolean, so there is no eager attention here.
+        attend = ALL_ATTENTION_FUNCTIONS[
+            "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
+        ]
+        dropout = self.attention_dropout if self.training else 0.0
+        out, _ = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, position_embeddings, attention_mask=None, past_key_values=None) -> Tensor:
+        attended = self.self_attn(x, position_embeddings, attention_mask, past_key_values)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class VisualProjector(nn.Module):
+    """Code vectors to hidden states; LLaVA's projector, also in its key names."""
+
+    def __init__(self, dim: int, hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class Decoder(nn.Module):
+    """Embeddings of text and scales, the layers, the last norm."""
+
+    def __init__(self, config: TokenFlowTextToImageConfig):
+        super().__init__()
+        text, self.scales = config.text_config, config.scales
+        self.embed_tokens = nn.Embedding(config.text_vocab_size, text.hidden_size)
+        self.visual_projector = VisualProjector(config.code_dim, text.hidden_size)
+        # Row 0 is for text, row k + 1 for scale k. Row 1 is used only where the first scale has more than one
+        # token: the released schedules begin with 1 x 1, whose only position is the last one of the text.
+        self.scale_embedding = nn.Embedding(len(config.scales) + 1, text.hidden_size)
+        self.image_position_embedding = nn.Embedding(config.num_image_tokens, text.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(text, i) for i in range(text.num_hidden_layers))
+        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=text)
+        self.offsets = [sum(s * s for s in self.scales[:k]) for k in range(len(self.scales) + 1)]
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return self.embed_tokens(ids) + self.scale_embedding.weight[0]
+
+    def embed_prefix(self, ids: Tensor) -> Tensor:
+        """Prefix `[B, P]` to `[B, P - 1 + s_0^2, H]`: the last positions predict the first scale."""
+        x = self.embed_text(ids)
+        positions = self.image_position_embedding.weight[: self.offsets[1]]
+        x = torch.cat([x[:, :-1], x[:, -1:] + positions[0]], dim=1)
+        if len(positions) == 1:
+            return x
+        rest = positions[1:] + self.scale_embedding.weight[1]
+        return torch.cat([x, rest.expand(len(x), -1, -1)], dim=1)
+
+    def embed_scales(self, features: Tensor, first: int) -> Tensor:
+        """Features `[B, n, D]` of scale `first` and those after it to `[B, n, H]`."""
+        start, n = self.offsets[first], features.shape[1]
+        sides = [self.scales[k] ** 2 for k in range(first, self.offsets.index(start + n))]
+        rows = torch.arange(first + 1, first + 1 + len(sides), device=features.device)
+        rows = rows.repeat_interleave(torch.tensor(sides, device=features.device), output_size=n)
+        x = self.visual_projector(features.to(self.visual_projector.linear_1.weight.dtype))
+        return x + self.scale_embedding(rows) + self.image_position_embedding.weight[start : start + n]
+
+    def embed_after(self, ids: Tensor) -> Tensor:
+        """What follows the image: the zero vector left over by the shift, then text `[B, n]`."""
+        zero = self.scale_embedding.weight[0].expand(len(ids), 1, -1)
+        return torch.cat([zero, self.embed_text(ids)], dim=1)
+
+    def forward(self, x: Tensor, first_position: int, attention_mask=None, past_key_values=None) -> Tensor:
+        """Hidden states `[B, n, H]` of embeddings at positions `first_position`, ... of the one axis."""
+        positions = torch.arange(first_position, first_position + x.shape[1], device=x.device)[None]
+        rotary = self.rotary_emb(x, positions)
+        for layer in self.layers:
+            x = layer(x, rotary, attention_mask, past_key_values)
+        return self.norm(x)
+
+
+class TokenFlowForTextToImage(PreTrainedModel):
+    r"""The text-to-image language model.
+
+    Example:
+
+    ```python
+    model = TokenFlowForTextToImage.from_llama("HuggingFaceTB/SmolLM2-135M", text_tokenizer, tokenflow)
+    input_ids, attention_mask = encode_prompts(text_tokenizer, captions, 128, model.config.image_open_ids)
+    model(input_ids, attention_mask, tokenflow.encode(pixel_values).indices).loss.backward()
+    ```
+    """
+
+    config_class = TokenFlowTextToImageConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 (transformers' own way)
+    _keep_in_fp32_modules_strict = ["code_table"]  # noqa: RUF012
+
+    config: TokenFlowTextToImageConfig
+
+    def __init__(self, config: TokenFlowTextToImageConfig):
+        super().__init__(config)
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.full_vocab_size, bias=False)
+        self.code_table = CodeTable(config.codebook_size, config.code_dim, config.scales)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        text = self.config.text_config
+        if isinstance(module, VisualProjector):
+            for linear in (module.linear_1, module.linear_2):  # PyTorch's own defaults
+                init.kaiming_uniform_(linear.weight, a=5**0.5)
+                bound = linear.in_features**-0.5
+                init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=text.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            ours = module in (self.model.scale_embedding, self.model.image_position_embedding)
+            std = (3 * text.hidden_size) ** -0.5 if ours else text.initializer_range
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, CodeTable):
+            init.zeros_(module.codes)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; names of bundled models come first, and weights are loaded as float32 unless
+        `dtype` says otherwise."""
+        from tokenflow.bundled import resolve
+
+        kwargs.setdefault("dtype", torch.float32)
+        return super().from_pretrained(resolve(pretrained_model_name_or_path), *args, **kwargs)
+
+    @classmethod
+    def from_llama(
+        cls,
+        llama: str | os.PathLike[str] | LlamaForCausalLM,
+        text_tokenizer: Any,
+        tokenizer: TokenFlowModel,
+        max_text_tokens: int = 128,
+    ) -> TokenFlowForTextToImage:
+        """Start from a language model of Llama's layout (Llama 2, TinyLlama, SmolLM2, ...).
+
+        `[PAD]` starts as the mean of the other tokens, codes with the usual random head rows, the projector
+        and the new embeddings as in the paper's code. The norms keep their weights at their new places.
+
+        Args:
+            llama: the model, its folder or hub name.
+            text_tokenizer: its tokenizer; gets `[PAD]` as its padding token if it lacks it.
+            tokenizer: the image tokenizer, whose code vectors are copied.
+            max_text_tokens: length of the text block.
+
+        Raises:
+            UserError: the model is not of Llama's layout.
+        """
+        if not isinstance(llama, LlamaForCausalLM):
+            kind = AutoConfig.from_pretrained(llama).model_type
+            if kind != "llama":
+                raise UserError(f"{llama} is a {kind!r} model; this one starts from a 'llama'")
+            llama = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        base, pad = llama.config.vocab_size, add_pad_token(text_tokenizer)
+        opening, closing = marker_ids(text_tokenizer)
+        eos = text_tokenizer.eos_token_id
+        bos = eos if text_tokenizer.bos_token_id is None else text_tokenizer.bos_token_id
+        text = {**llama.config.to_dict(), "vocab_size": max(base, pad + 1), "pad_token_id": pad}
+        config = TokenFlowTextToImageConfig(
+            text_config=text,
+            codebook_size=tokenizer.config.codebook_size,
+            scales=tokenizer.config.scales,
+            flow_dims=[flow.dim for flow in tokenizer.config.flow_specs],
+            max_text_tokens=max_text_tokens,
+            image_open_ids=opening,
+            image_close_ids=closing,
+            pad_token_id=pad,
+            bos_token_id=bos,
+            eos_token_id=eos,
+        )
+        model = cls(config)
+        renamed = {  # in this order: one name moves to where another was
+            ".post_attention_layernorm.": ".post_feedforward_layernorm.",
+            ".input_layernorm.": ".post_attention_layernorm.",
+        }
+        state = llama.state_dict()
+        for old, new in renamed.items():
+            state = {key.replace(old, new): value for key, value in state.items()}
+        tables = {
+            model.model.embed_tokens: state.pop("model.embed_tokens.weight"),
+            model.lm_head: state.pop("lm_head.weight"),
+        }
+        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        if unknown:
+            raise UserError(f"{unknown[0]} and {len(unknown) - 1} more tensors are not of Llama's layout")
+        with torch.no_grad():
+            for module, table in tables.items():
+                module.weight[:base] = table
+                module.weight[pad] = table[:pad].mean(dim=0)
+        model.set_codebooks(tokenizer)
+        return model
+
+    def set_codebooks(self, tokenizer: TokenFlowModel) -> None:
+        """Copy the code vectors of the image tokenizer; they are frozen and saved with this model."""
+        self.code_table.take_from(tokenizer)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    # training
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, codes: Tensor, text_loss: bool = False
+    ) -> TextToImageOutput:
+        """The training losses of Sec. 3.3: cross entropy over the full vocabulary.
+
+        Args:
+            input_ids: `[B, P]` int64, prompts and opening marker (`encode_prompts`), padded on the left.
+            attention_mask: `[B, P]`, 0 at padding.
+            codes: `[B, N]` integers in [0, K), the image's indices; closing marker and end token are added.
+            text_loss: also learn the prompt's text. The first token of a row is never a target.
+
+        Raises:
+            UserError: shapes that do not fit, codes outside the codebook.
+        """
+        self._check(input_ids, attention_mask, codes)
+        input_ids, real = cut_padding(input_ids, attention_mask)
+        codes = codes.long()
+        prefix, n = input_ids.shape[1], self.config.num_image_tokens
+        closing = self._after_image(codes)
+        x = torch.cat(
+            [
+                self.model.embed_prefix(input_ids),
+                self.model.embed_scales(self.code_table.all_inputs(codes), first=1),
+                self.model.embed_after(closing[:, :-1]),
+            ],
+            dim=1,
+        )
+        hidden = self.model(x, self.image_start - prefix, self._mask(real, closing.shape[1]))
+        targets = torch.cat([codes + self.config.text_vocab_size, closing], dim=1)
+        nll = self._nll(hidden[:, prefix - 1 : prefix - 1 + n + closing.shape[1]], targets)
+        loss_vision = nll.mean()
+        loss_text = None
+        if text_loss:
+            wanted = real[:, 1:] & real[:, :-1]
+            loss_text = self._nll(hidden[:, : prefix - 1][wanted], input_ids[:, 1:][wanted]).mean()
+        loss = loss_vision if loss_text is None else loss_vision + loss_text
+        return TextToImageOutput(loss=loss, loss_vision=loss_vision, loss_text=loss_text, nll=nll.detach())
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor, codes: Tensor) -> None:
+        if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+            raise UserError(
+                "input_ids and attention_mask must both be [B, P], got "
+                f"{list(input_ids.shape)} and {list(attention_mask.shape)}"
+            )
+        shape = [len(input_ids), self.config.num_image_tokens]
+        if list(codes.shape) != shape:
+            raise UserError(f"codes must be {shape} here, got {list(codes.shape)}")
+        self.code_table.check_set()
+
+    def _after_image(self, like: Tensor) -> Tensor:
+        ids = [*self.config.image_close_ids, self.config.eos_token_id]
+        return torch.tensor(ids, device=like.device).expand(len(like), -1)
+
+    def _mask(self, real: Tensor, after: int) -> Tensor | BlockMask:
+        blocks = block_numbers([*self.segments(real.shape[1]), Segment(after, "text")], real.device)
+        real = F.pad(real, (0, len(blocks) - real.shape[1]), value=True)
+        flex = self.config._attn_implementation == "flex_attention"
+        return flex_mask(blocks, real) if flex else dense_mask(blocks, real)
+
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods, shaped as `targets`: logits exist only for these positions."""
+        rows, labels = hidden.flatten(0, -2), targets.flatten()
+        size = max(1, LOGITS_AT_A_TIME // self.config.full_vocab_size)
+        if len(rows) <= size:
+            return self._cross_entropy(rows, labels).view(targets.shape)
+        pieces = [
+            checkpoint(self._cross_entropy, *piece, use_reentrant=False)
+            for piece in zip(rows.split(size), labels.split(size), strict=True)
+        ]
+        return torch.cat(pieces).view(targets.shape)
+
+    def _cross_entropy(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(rows).float(), labels, reduction="none")
+
+    # geometry
+    @property
+    def image_start(self) -> int:
+        """Where on the position axis the image begins, however long the prompt is."""
+        return self.config.max_text_tokens + len(self.config.image_open_ids)
+
+    def segments(self, prefix: int, scales: int | None = None) -> list[Segment]:
+        """Prefix of `prefix` tokens and the first `scales` scales (all by default), shifted by one."""
+        sides: Sequence[int] = self.config.scales[:scales]
+        return [Segment(prefix - 1, "text"), *(Segment(side * side, "scale") for side in sides)]
+
+
+def cut_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the columns on the left that are padding in every row; the mask comes back as bool.
+
+    Raises:
+        UserError: a row ends with padding (prompts are padded on the left), or is nothing but padding.
+    """
+    real = attention_mask.bool()
+    if not real[:, -1].all():
+        raise UserError("a row of attention_mask ends with padding; prompts are padded on the left")
+    first = int(real.any(dim=0).int().argmax())
+    return input_ids[:, first:], real[:, first:]
+
+
+__all__ = ["TextToImageOutput", "TokenFlowForTextToImage"]
