@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +95,21 @@ class ClassToImageOutput(ModelOutput):
     nll: Tensor = None  # type: ignore[assignment]
 
 
+class BranchOutput(nn.Linear):
+    """The last layer of a residual branch; starts smaller the deeper the model is."""
+
+
+class Adaptation(nn.Linear):
+    """The condition `[B, C]` to `parts` vectors `[B, 1, C]`, of which the first `gates` gate a branch."""
+
+    def __init__(self, width: int, parts: int, gates: int = 0):
+        super().__init__(width, parts * width)
+        self.parts, self.gate_rows = parts, gates * width
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(F.silu(condition))[:, None].chunk(self.parts, dim=2)
+
+
 class Attention(nn.Module):
     """Cosine attention with a learned temperature per head."""
 
@@ -106,7 +120,7 @@ class Attention(nn.Module):
         # A bias on the keys would be taken out again by the softmax, were they not normalised.
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(FIRST_TEMPERATURE)))
-        self.proj = nn.Linear(width, width)
+        self.proj = BranchOutput(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -128,15 +142,14 @@ class Block(GradientCheckpointingLayer):
         self.drop_path = drop_path
         self.attention = Attention(width, heads, layer)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), BranchOutput(4 * width, width)
         )
-        self.adaptation = nn.Linear(width, 6 * width)  # two gates, two scales, two shifts
+        self.adaptation = Adaptation(width, 6, gates=2)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
-        gates, scales, shifts = self.adaptation(F.silu(condition))[:, None].unflatten(2, (3, 2, -1)).unbind(2)
-        attended = self.attention(_modulate(x, scales[:, :, 0], shifts[:, :, 0]), mask, cache)
-        x = x + self._drop(gates[:, :, 0] * attended)
-        return x + self._drop(gates[:, :, 1] * self.mlp(_modulate(x, scales[:, :, 1], shifts[:, :, 1])))
+        gate_a, gate_b, scale_a, scale_b, shift_a, shift_b = self.adaptation(condition)
+        x = x + self._drop(gate_a * self.attention(_modulate(x, scale_a, shift_a), mask, cache))
+        return x + self._drop(gate_b * self.mlp(_modulate(x, scale_b, shift_b)))
 
     def _drop(self, branch: Tensor) -> Tensor:
         """Stochastic depth: the whole branch of a row is left out, the others make up for it."""
@@ -182,7 +195,7 @@ class TokenFlowForClassToImage(PreTrainedModel):
         self.image_position_embedding = nn.Embedding(config.num_image_tokens, width)
         paths = [(config.drop_path or 0.0) * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(width, config.depth, i, path) for i, path in enumerate(paths))
-        self.head_adaptation = nn.Linear(width, 2 * width)
+        self.head_adaptation = Adaptation(width, 2)
         self.head = nn.Linear(width, config.codebook_size)
         self.code_table = CodeTable(config.codebook_size, sum(config.flow_dims), config.scales)
         self.offsets = [sum(s * s for s in config.scales[:k]) for k in range(len(config.scales) + 1)]
@@ -190,10 +203,19 @@ class TokenFlowForClassToImage(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Parents come after their children here, so the last lines have the last word.
         std = (3 * self.config.hidden_size) ** -0.5
-        if isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, Adaptation):
+            fresh = nn.init.trunc_normal_(torch.empty_like(module.weight), std=0.5 * std)
+            fresh[: module.gate_rows] *= 2e-5  # gates start almost closed: each layer is nearly the identity
+            init.copy_(module.weight, fresh)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            share = 1.0
+            if isinstance(module, BranchOutput):
+                share = (2 * self.config.depth) ** -0.5
+            elif module is self.head:
+                share = 0.02
+            init.trunc_normal_(module.weight, std=share * std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -204,19 +226,6 @@ class TokenFlowForClassToImage(PreTrainedModel):
             init.zeros_(module.q_bias)
             init.zeros_(module.v_bias)
             init.constant_(module.log_temperature, math.log(FIRST_TEMPERATURE))
-        elif isinstance(module, Block):
-            smaller = std / math.sqrt(2 * self.config.depth)
-            init.trunc_normal_(module.attention.proj.weight, std=smaller)
-            init.trunc_normal_(cast(nn.Linear, module.mlp[2]).weight, std=smaller)
-            # Gates start almost closed: each layer is nearly the identity.
-            gates = torch.empty_like(module.adaptation.weight[: 2 * self.config.hidden_size])
-            rest = torch.empty_like(module.adaptation.weight[2 * self.config.hidden_size :])
-            nn.init.trunc_normal_(gates, std=1e-5 * std)
-            nn.init.trunc_normal_(rest, std=0.5 * std)
-            init.copy_(module.adaptation.weight, torch.cat([gates, rest]))
-        elif module is self:
-            init.trunc_normal_(self.head_adaptation.weight, std=0.5 * std)
-            init.trunc_normal_(self.head.weight, std=0.02 * std)
 
     def set_codebooks(self, tokenizer: TokenFlowModel) -> None:
         """Copy the code vectors of the image tokenizer; they are frozen and saved with this model."""
@@ -280,7 +289,7 @@ class TokenFlowForClassToImage(PreTrainedModel):
         """Inputs `[B, n, C]` to logits `[B, n, K]` float32; `mask` None lets all see all, and the cache."""
         for block in self.blocks:
             x = block(x, condition, mask, cache)
-        scale, shift = self.head_adaptation(F.silu(condition))[:, None].chunk(2, dim=2)
+        scale, shift = self.head_adaptation(condition)
         return self.head(_modulate(x, scale, shift)).float()
 
 
