@@ -13,7 +13,7 @@ venv: $(VENV)/.installed  ## make .venv with everything in it (once; again when 
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt -e ".[train,eval,faiss,dev]"
+	$(PIP) install --quiet -c constraints.txt -e ".[train,eval,faiss,ray,dev]"
 	touch $@
 
 demo: venv  ## photographs to tokens and back, as one HTML page and one PNG in demo-output/

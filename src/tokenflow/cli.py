@@ -28,12 +28,14 @@ from tokenflow.evaluation.options import ReconstructionEval, SemanticsEval
 from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
 from tokenflow.recipes.teacher import TEACHER_RECIPES
+from tokenflow.training.text_to_image_recipe import TokenizeOptions
 
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
     "tensorboard": "train",
+    "ray": "ray",
     "torchmetrics": "eval",
     "sklearn": "eval",
 }
@@ -224,6 +226,19 @@ def _train_teacher(recipe: Any) -> None:
     _say_once(f"the teacher: {train_teacher(recipe)}")
 
 
+def tokenize(options: OmitArgPrefixes[TokenizeOptions]) -> None:
+    """Turn data sets of images and captions into token shards to train on."""
+    from tokenflow.training.tokenization import tokenize as run
+
+    done = run(options)
+    for line in done.skipped[:10]:
+        print(f"skipped: {line}")
+    if len(done.skipped) > 10:
+        print(f"skipped: ... and {len(done.skipped) - 10} more")
+    print(f"{done.images:,} views of images ({done.new:,} of them new), {len(done.skipped):,} images skipped")
+    print(f"token shards: {' '.join(map(str, done.folders))}")
+
+
 def _say_once(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process
         print(text)
@@ -259,6 +274,7 @@ COMMANDS: dict[str, Any] = {
     "reconstruct": reconstruct,
     "info": info,
     "convert": convert,
+    "tokenize": tokenize,
     "train": {
         "tokenizer": {name: _training(make, _train_tokenizer) for name, make in RECIPES.items()},
         "teacher": {name: _training(make, _train_teacher) for name, make in TEACHER_RECIPES.items()},

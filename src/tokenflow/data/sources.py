@@ -124,8 +124,29 @@ def default_split(path_or_name: str) -> str:
     return "val" if len(found) > 1 else next(iter(found), None) or "train"
 
 
+def local_files(source: Source) -> list[str]:
+    """The parquet or tar files of a source that is on this machine; none for pictures and hub names.
+
+    Raises UserError if there is no such path or split.
+    """
+    arguments = _load_arguments(source)
+    files = arguments.get("data_files", {}).get("train", [])
+    files = [files] if isinstance(files, str) else files
+    return [file for file in files if "://" not in file and Path(file).suffix in _BUILDERS]
+
+
+def split_of(source: Source) -> str:
+    """The split that a source is: of a single file by its name (val.parquet), else `source.split`."""
+    path = Path(source.path_or_name)
+    return (_split_in(path.stem) if path.suffix in _BUILDERS else None) or source.split
+
+
 def stream_rows(source: Source, dataset: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of a streaming data set; a shard that breaks off is a UserError that names the source."""
+    """The rows of a streaming data set.
+
+    Raises:
+        UserError: a shard breaks off; the message names the source.
+    """
     try:
         yield from dataset
     except Exception as error:  # a truncated tar, a damaged parquet page, a lost connection ...

@@ -77,6 +77,20 @@ def codebook_fingerprint(model: TokenFlowModel) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_fingerprint(model: TokenFlowModel) -> str:
+    """sha256 over all that turns pixels into indices: `codebook_fingerprint`, image size, encoders.
+
+    Two models of equal fingerprint give an image the same tokens; decoders may differ.
+    """
+    digest = hashlib.sha256(codebook_fingerprint(model).encode())
+    flows = [(flow.name, flow.weight) for flow in model.config.flow_specs]
+    digest.update(json.dumps([model.config.image_size, model.config.l2_norm, flows]).encode())
+    for name, tensor in sorted(model.encoders.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_tokens(path: str | os.PathLike[str], tokens: TokenFile) -> None:
     """Write `path`, whole or not at all. Raises UserError where it cannot be written."""
     narrow = np.uint16 if tokens.codebook_size <= 2**16 else np.int32
