@@ -166,6 +166,24 @@ def test_raw_bytes_are_refused(model):
         model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
+def test_pixels_that_are_not_finite_are_refused(model, pixels):
+    for value, count in (
+        (float("nan"), 1),
+        (float("inf"), 1),
+        (torch.tensor([float("inf"), -float("inf")]), 2),
+    ):
+        spoilt = pixels.clone()
+        spoilt[0, 0, 0, :count] = value
+        with pytest.raises(UserError, match=f"pixel_values hold {count} NaN or infinite values"):
+            model.encode(spoilt)
+
+
+def test_losses_are_those_of_training(pixels):
+    model = build()
+    assert set(model.train().encode(pixels).losses) == {"vq", "commitment"}
+    assert model.eval().encode(pixels).losses == {}
+
+
 def test_a_grid_that_the_flows_do_not_have_is_refused():
     model = build(scales=[1, 3])
     with pytest.raises(UserError, match="flow 'semantic' gives a grid of 4, but scales end at 3"):
@@ -287,11 +305,31 @@ def test_construction_initialises_every_tensor():
     )
 
 
+def test_weights_of_another_shape_are_refused(small_model_folder):
+    with pytest.raises(UserError, match="2 of another shape, first quantizer") as caught:
+        TokenFlowModel.from_pretrained(small_model_folder, codebook_size=65)
+    assert "\n" not in str(caught.value)
+    loose = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = TokenFlowModel.from_pretrained(small_model_folder, codebook_size=65, **loose)
+    assert model.config.codebook_size == 65
+    assert len(report["mismatched_keys"]) == 2
+
+
+def test_a_folder_without_configuration_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"is not a model: there is no config\.json in it"):
+        TokenFlowModel.from_pretrained(tmp_path)
+
+
 def test_codebooks_that_a_file_lacks_are_fresh(small_model_folder, tmp_path):
     model = TokenFlowModel.from_pretrained(small_model_folder)
     kept = {name: value for name, value in model.state_dict().items() if "codebooks" not in name}
     model.save_pretrained(tmp_path, state_dict=kept)
-    loaded = TokenFlowModel.from_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"do not fit its config\.json: 2 missing, first quantizer\."
+    ) as caught:
+        TokenFlowModel.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    loaded = TokenFlowModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     for codebook in loaded.quantizer.quantizer.codebooks.values():
         torch.testing.assert_close(codebook.norm(dim=-1), torch.ones(64))
 

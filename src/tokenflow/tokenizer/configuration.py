@@ -8,13 +8,17 @@ names.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
+from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tokenflow.errors import UserError
 from tokenflow.names import unknown_name
+from tokenflow.tokenizer.config_checks import check_keys, check_number, check_scales, check_spelling
 
 FeatureStrategy = Literal["last", "last-semantic", "all", "all-residual"]
 FEATURE_STRATEGIES = ("last", "last-semantic", "all", "all-residual")
@@ -37,6 +41,12 @@ class ConvSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if not self.multipliers:
+            raise UserError("multipliers: must name at least one level, got none")
+        for key in ("width", "blocks", "latent_channels", "patch"):
+            check_number(key, getattr(self, key), 1)
+        for multiplier in self.multipliers:
+            check_number("multipliers", multiplier, 1)
 
     @property
     def stride(self) -> int:
@@ -89,6 +99,7 @@ class PixelFlow:
 
     def __post_init__(self) -> None:
         if isinstance(self.encoder, dict):
+            check_keys(f"flow {self.name!r}, encoder,", self.encoder, _names(ConvSpec))
             object.__setattr__(self, "encoder", ConvSpec(**self.encoder))
 
 
@@ -105,6 +116,12 @@ class PixelDecoderSpec(ConvSpec):
 
 
 Flow = SemanticFlow | PixelFlow
+FLOW_KINDS: dict[str, type[Flow]] = {"semantic": SemanticFlow, "pixel": PixelFlow}
+
+
+def _names(spec: type) -> list[str]:
+    return [f.name for f in fields(spec)]
+
 
 CLIP_B16 = {
     "model_type": "clip_vision_model",
@@ -155,9 +172,15 @@ class TokenFlowConfig(PreTrainedConfig):
         entropy_weight, entropy_temperature: the entropy loss; 0 (the default) skips it.
         codebook_init (`"uniform"` or `"kmeans"`): k-means runs on the first training batch.
         codebook_update (`"gradient"` or `"ema"`), `ema_decay`: how codes learn.
+        restart_dead_codes (`bool`): in training, codes that a whole usage window never chose move to random
+            vectors of the batch (as in Jukebox, Dhariwal et al. 2020).
         scale_drop (`float`): probability that a training step skips one scale (never the first).
         usage_window (`int`): how many recent indices the usage figures look at.
         feature_strategy: what `forward` returns as a vision tower; the four rows of Tab. 8.
+
+    Raises:
+        UserError: a value that no tokenizer can have, or a misspelt key, here or in the dicts of flows,
+            encoders and decoder. Keys that resemble none of ours pass: another transformers may know them.
     """
 
     model_type = "tokenflow"
@@ -174,12 +197,14 @@ class TokenFlowConfig(PreTrainedConfig):
     codebook_init: str = "uniform"
     codebook_update: str = "gradient"
     ema_decay: float = 0.99
+    restart_dead_codes: bool = False
     scale_drop: float = 0.1
     usage_window: int = 131072
     feature_strategy: str = "last"
     hidden_size: int | None = None
 
     def __post_init__(self, **kwargs):
+        check_spelling("TokenFlowConfig", kwargs, TokenFlowConfig)
         if self.flows is None:
             self.flows = [SemanticFlow(encoder=CLIP_B16), PixelFlow()]
             if self.pixel_decoder is None:
@@ -188,7 +213,7 @@ class TokenFlowConfig(PreTrainedConfig):
         if self.pixel_decoder is not None:
             decoder = self.pixel_decoder
             self.pixel_decoder = _plain(decoder if isinstance(decoder, dict) else asdict(decoder))
-        self.scales = [int(s) for s in self.scales]
+        self.scales = check_scales(self.scales)
         self._check()
         self.hidden_size = sum(
             f.dim for f in self.flow_specs if self.feature_strategy != "last-semantic" or f.kind == "semantic"
@@ -198,8 +223,7 @@ class TokenFlowConfig(PreTrainedConfig):
     @property
     def flow_specs(self) -> list[Flow]:
         """The flows as typed, validated objects."""
-        kinds = {"semantic": SemanticFlow, "pixel": PixelFlow}
-        return [kinds[flow["kind"]](**flow) for flow in self.flows]
+        return [FLOW_KINDS[flow["kind"]](**flow) for flow in self.flows]
 
     @property
     def pixel_decoder_spec(self) -> PixelDecoderSpec | None:
@@ -221,21 +245,25 @@ class TokenFlowConfig(PreTrainedConfig):
         return sum(s * s for s in self.scales)
 
     def _check(self) -> None:
+        for key in ("image_size", "codebook_size", "usage_window"):
+            check_number(key, getattr(self, key), 1)
+        highest = {"scale_drop": 1, "ema_decay": 1, "commitment_weight": inf, "entropy_weight": inf}
+        for key, high in highest.items():
+            check_number(key, getattr(self, key), 0, high, whole=False)
+        for key, choices in (
+            ("feature_strategy", FEATURE_STRATEGIES),
+            ("codebook_init", ("uniform", "kmeans")),
+            ("codebook_update", ("gradient", "ema")),
+        ):
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
         names = [flow.get("name") for flow in self.flows]
         if not names or len(set(names)) != len(names):
             raise UserError(f"flows: names must be given and distinct, got {names}")
         for flow in self.flows:
-            if flow.get("kind") not in ("semantic", "pixel"):
-                raise UserError(
-                    f"flows: {flow.get('name')!r} has kind {flow.get('kind')!r}; choose semantic or pixel"
-                )
-        if (
-            not self.scales
-            or self.scales[0] < 1
-            or any(a >= b for a, b in zip(self.scales, self.scales[1:], strict=False))
-        ):
-            raise UserError(f"scales: must be positive and rise, got {self.scales}")
+            _check_flow(flow)
         if self.pixel_decoder is not None:
+            check_keys("pixel_decoder", self.pixel_decoder, _names(PixelDecoderSpec))
             for name in PixelDecoderSpec(**self.pixel_decoder).flows:
                 if name not in names:
                     raise UserError(
@@ -248,20 +276,36 @@ class TokenFlowConfig(PreTrainedConfig):
             raise UserError(
                 "feature_strategy 'last-semantic' needs a semantic flow; this model has no semantic flow"
             )
-        for key, choices in (
-            ("feature_strategy", FEATURE_STRATEGIES),
-            ("codebook_init", ("uniform", "kmeans")),
-            ("codebook_update", ("gradient", "ema")),
-        ):
-            if getattr(self, key) not in choices:
-                raise UserError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
-        """As in transformers; names of bundled models come first."""
+        """As in transformers; names of bundled models come first.
+
+        Raises:
+            UserError: a folder without config.json or with the one of another kind of model; values that make
+                no tokenizer.
+            OSError: a hub name that cannot be fetched; a config.json that is not JSON.
+        """
         from tokenflow.bundled import resolve
 
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        name = resolve(pretrained_model_name_or_path)
+        if Path(name).is_dir() and not Path(name, kwargs.get("subfolder") or "", "config.json").is_file():
+            raise UserError(f"{pretrained_model_name_or_path} is not a model: there is no config.json in it")
+        return super().from_pretrained(name, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; changes of our own fields in `kwargs` are checked like all others.
+
+        Raises:
+            UserError: `config_dict` is that of another kind of model; values that make no tokenizer.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise UserError(f"this is not a tokenflow tokenizer: its config says model_type {kind!r}")
+        check_spelling("TokenFlowConfig", kwargs, cls)
+        changed = {key: kwargs.pop(key) for key in cls.__annotations__ if key in kwargs}
+        return super().from_dict({**config_dict, **changed}, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> TokenFlowConfig:
@@ -275,6 +319,22 @@ class TokenFlowConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name](), **overrides})
 
 
+def _check_flow(flow: dict[str, Any]) -> None:
+    name = f"flow {flow.get('name')!r}"
+    if flow.get("kind") not in FLOW_KINDS:
+        raise UserError(
+            f"flows: {flow.get('name')!r} has kind {flow.get('kind')!r}; choose {' or '.join(FLOW_KINDS)}"
+        )
+    check_keys(name, flow, _names(FLOW_KINDS[flow["kind"]]))
+    spec = FLOW_KINDS[flow["kind"]](**flow)
+    check_number(f"{name}: dim", spec.dim, 1)
+    check_number(f"{name}: weight", spec.weight, 0, whole=False)
+    if spec.kind == "semantic":
+        for key in ("decoder_layers", "decoder_heads", "target_dim"):
+            check_number(f"{name}: {key}", getattr(spec, key), 1)
+        vision_config(spec.encoder)
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, as a JSON file gives them back: a configuration equals itself after a round trip."""
     if isinstance(value, dict):
@@ -283,14 +343,28 @@ def _plain(value: Any) -> Any:
 
 
 def vision_config(encoder: dict[str, Any]) -> PreTrainedConfig:
-    """The vision model's own configuration object from a flow's `encoder` dict."""
+    """The vision model's own configuration object from a flow's `encoder` dict.
+
+    Raises:
+        UserError: no model_type or an unknown one, a misspelt key, or values that this kind of model refuses.
+    """
     if "model_type" not in encoder:
         raise UserError("a semantic flow's encoder needs a model_type, such as clip_vision_model or dinov2")
-    if encoder["model_type"] == "tokenflow_vitamin":
+    kind = encoder["model_type"]
+    if kind == "tokenflow_vitamin":
         from tokenflow.tokenizer.vitamin import ViTaminConfig
 
-        return ViTaminConfig(**{k: v for k, v in encoder.items() if k != "model_type"})
-    return AutoConfig.for_model(**encoder)
+        config_class: type[PreTrainedConfig] = ViTaminConfig
+    elif kind in CONFIG_MAPPING:
+        config_class = CONFIG_MAPPING[kind]
+    else:
+        raise unknown_name("model_type of an encoder", kind, [*CONFIG_MAPPING, "tokenflow_vitamin"])
+    values = {key: value for key, value in encoder.items() if key != "model_type"}
+    check_spelling(f"encoder {kind}", values, config_class)
+    try:
+        return config_class(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"encoder {kind}: {' '.join(str(error).split())}") from error
 
 
 # presets

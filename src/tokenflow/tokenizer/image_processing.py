@@ -115,6 +115,9 @@ class TokenFlowImageProcessor(PilBackend):
 
         Returns:
             B RGB pictures of W x H pixels: `127.5 x + 128`, truncated, as the released code does.
+
+        Raises:
+            UserError: pixels of another shape.
         """
         if pixel_values.ndim == 3:
             pixel_values = pixel_values[None]

@@ -7,10 +7,10 @@ looks through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class TokenFlowEncoderOutput(ModelOutput):
     """Attributes:
     indices: `[B, L]` int64, scales in order, row-major.
     quantized: `[B, D, h, w]` float32.
-    losses: the quantizer's losses in training mode, else empty.
+    losses: the quantizer's losses by name, scalars, averaged over the scales; empty in eval mode.
     """
 
     indices: Tensor = None  # type: ignore[assignment]  # a ModelOutput's fields need defaults
@@ -170,7 +170,9 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             config.ema_decay,
             config.usage_window,
         )
-        self.quantizer = Quantizer(single, config.scales, config.scale_drop, config.usage_window)
+        self.quantizer = Quantizer(
+            single, config.scales, config.scale_drop, config.usage_window, config.restart_dead_codes
+        )
         self.pixel_decoder = None
         if decoder is not None:
             dim = sum(self.dims[name] for name in decoder.flows)
@@ -181,11 +183,31 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; names of bundled models come first, and weights are loaded as float32 unless
-        `dtype` says otherwise (files are stored in half precision)."""
+        `dtype` says otherwise (files are stored in half precision).
+
+        Raises:
+            UserError: no such folder or bundled name; no config.json; weights that are missing or of another
+                shape (transformers would warn and leave random values; `ignore_mismatched_sizes=True` asks
+                for that).
+            OSError: a hub name that cannot be fetched; a folder without weights.
+        """
         from tokenflow.bundled import resolve
 
-        kwargs.setdefault("dtype", torch.float32)
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), *args, **kwargs)
+        wants_report = kwargs.pop("output_loading_info", False)
+        lenient = kwargs.pop("ignore_mismatched_sizes", False)
+        loaded: Any = super().from_pretrained(
+            resolve(pretrained_model_name_or_path),
+            *args,
+            **{"dtype": torch.float32, **kwargs},
+            ignore_mismatched_sizes=True,  # its own error is a page long
+            output_loading_info=True,
+        )
+        model, report = loaded
+        if not lenient:
+            mismatched = [key for key, *_ in report["mismatched_keys"]]
+            check_weights(pretrained_model_name_or_path, "missing", report["missing_keys"])
+            check_weights(pretrained_model_name_or_path, "of another shape", mismatched)
+        return (model, report) if wants_report else model
 
     @property
     def decoder_dtype(self) -> torch.dtype:
@@ -195,7 +217,11 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
 
     # encode
     def flow_features(self, pixel_values: Tensor) -> Tensor:
-        """The flows' features before quantization, concatenated: `[B, 3, H, W]` to `[B, D, g, g]` float32."""
+        """The flows' features before quantization, concatenated: `[B, 3, H, W]` to `[B, D, g, g]` float32.
+
+        Raises:
+            UserError: as in `encode`.
+        """
         size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size) or not len(pixel_values):
             raise UserError(
@@ -204,6 +230,11 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         if not pixel_values.is_floating_point():
             raise UserError(f"pixel_values must be floating-point in [-1, 1], got {pixel_values.dtype}")
         x = pixel_values.float()
+        # NaN would silently become code 0. While training, the loop looks at its losses instead.
+        if not self.encoders.training and not torch.compiler.is_compiling() and not x.sum().isfinite():
+            raise UserError(
+                f"pixel_values hold {int((~x.isfinite()).sum())} NaN or infinite values; see what made them"
+            )
         features = [encoder(x).float() for encoder in self.encoders.values()]
         for name, feature in zip(self.dims, features, strict=True):
             if feature.shape[-1] != self.config.grid:
@@ -219,7 +250,12 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             pixel_values: `[B, 3, H, W]` in [-1, 1], H = W = `config.image_size`.
 
         Returns:
-            `indices` `[B, L]` int64, `quantized` `[B, D, g, g]`, in training mode also `losses`.
+            `indices` `[B, L]` int64; `quantized` `[B, D, g, g]` float32; `losses`, the scalars that training
+            adds to its own ("vq", "commitment" and, if it has a weight, "entropy"), empty in eval mode.
+
+        Raises:
+            UserError: pixels of another shape, not floating-point, or (in eval mode) not finite; flows whose
+                grid is not the last scale.
         """
         if self.encoders.training:  # may run under the caller's autocast; the search is float32 all the same
             h = self.flow_features(pixel_values)
@@ -232,7 +268,11 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
 
     # decode
     def decode(self, quantized: Tensor) -> TokenFlowDecoderOutput:
-        """A quantized map `[B, D, g, g]` to pixels `[B, 3, H, W]` and semantic features `[B, g * g, T]`."""
+        """A quantized map `[B, D, g, g]` to pixels `[B, 3, H, W]` and semantic features `[B, g * g, T]`.
+
+        Raises:
+            UserError: a map of another shape.
+        """
         shape = (self.config.code_dim, self.config.grid, self.config.grid)
         if quantized.shape[1:] != shape:
             raise UserError(f"quantized must be {['B', *shape]} for this model, got {list(quantized.shape)}")
@@ -270,7 +310,7 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         return self.decode(self.quantized_from_indices(indices, num_scales))
 
     def quantized_from_indices(self, indices: Tensor, num_scales: int | None = None) -> Tensor:
-        """The quantized map `[B, D, g, g]` of `indices`; arguments and errors as in `decode_indices`."""
+        """The quantized map `[B, D, g, g]` of `indices`; arguments and what it raises: `decode_indices`."""
         if indices.ndim != 2 or indices.is_floating_point() or indices.is_complex():
             raise UserError(f"indices must be [B, L] integers, got {list(indices.shape)} {indices.dtype}")
         indices = indices.long()  # token files hold 16-bit ones
@@ -329,6 +369,14 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         """The vision tower: features of `config.feature_strategy`, in the dtype the model was cast to."""
         features = self.features(pixel_values, self.config.feature_strategy).to(self.decoder_dtype)
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+
+def check_weights(name: object, what: str, keys: Collection[str]) -> None:
+    """Raise the UserError of model `name` whose weights `keys` are `what` ("missing", "unexpected", ...)."""
+    if keys:
+        raise UserError(
+            f"the weights of model {name} do not fit its config.json: {len(keys)} {what}, first {min(keys)}"
+        )
 
 
 @contextmanager
