@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from tokenflow.errors import UserError
 from tokenflow.files import atomic_write
 from tokenflow.tokenizer.configuration import TokenFlowConfig
 from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
-from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.modeling import TokenFlowModel, check_weights
 from tokenflow.tokenizer.token_file import TokenFile, codebook_fingerprint, load_tokens, save_tokens
 
 if TYPE_CHECKING:
@@ -56,11 +56,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
     folder = resolve(name)
     _config(name)
     try:
-        # transformers only warns of weights that do not fit and leaves their places with random values.
-        model, report = TokenFlowModel.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        _check_weights(name, report)
+        model, report = TokenFlowModel.from_pretrained(name, output_loading_info=True)
+        check_weights(name, "unexpected", report["unexpected_keys"])
         try:
             processor = TokenFlowImageProcessor.from_pretrained(folder)
         except OSError:  # a folder without preprocessor_config.json, as training writes while it runs
@@ -199,7 +196,7 @@ def reconstruct_files(
             real, fake = to_uint8(pixels), to_uint8(rebuilt)
             for i, decibel, similarity in zip(batch, psnr(real, fake), ssim(real, fake), strict=True):
                 rows[i] |= {"psnr": float(decibel), "ssim": float(similarity)}
-    save_image(comparison_sheet(pairs), folder / "comparison.png")
+    save_image(comparison_sheet(pairs, [path.stem for path in targets]), folder / "comparison.png")
     if metrics:
         with atomic_write(folder / "metrics.json") as temporary:
             temporary.write_text(json.dumps(rows, indent=2) + "\n")
@@ -255,20 +252,6 @@ def _config(name: str) -> TokenFlowConfig:
         raise UserError(f"cannot load model {name}: {_first_line(error)}") from error
 
 
-def _check_weights(name: str, report: dict[str, Any]) -> None:
-    mismatched = [key for key, *_ in report["mismatched_keys"]]
-    for what, keys in {
-        "missing": report["missing_keys"],
-        "unexpected": report["unexpected_keys"],
-        "of another shape": mismatched,
-    }.items():
-        if keys:
-            raise UserError(
-                f"the weights of model {name} do not fit its config.json: "
-                f"{len(keys)} {what}, first {min(keys)}"
-            )
-
-
 def _weights_line(file: Path) -> str:
     try:
         with safe_open(file, "pt") as tensors:
@@ -281,7 +264,11 @@ def _weights_line(file: Path) -> str:
 
 
 def image_paths(given: Sequence[str | PathLike[str]]) -> list[Path]:
-    """Files as they are, folders as the image files directly in them, sorted. All must exist."""
+    """Files as they are, folders as the image files directly in them, sorted.
+
+    Raises:
+        UserError: a file that does not exist, a folder without images, or nothing given.
+    """
     paths: list[Path] = []
     for item in map(Path, given):
         if item.is_dir():
@@ -308,18 +295,31 @@ def check_writable(path: str | PathLike[str]) -> None:
         raise Untouched
 
 
-def comparison_sheet(pairs: Sequence[tuple[Image.Image, Image.Image]], pairs_in_row: int = 3) -> Image.Image:
-    """Originals beside their reconstructions, on white."""
-    side, gap = pairs[0][0].width, 4
+def comparison_sheet(
+    pairs: Sequence[tuple[Image.Image, Image.Image]], names: Sequence[str], pairs_in_row: int = 3
+) -> Image.Image:
+    """Originals beside their reconstructions on white, each pair under its name, below column headings."""
+    side, gap, line = pairs[0][0].width, 4, 16
     columns = min(pairs_in_row, len(pairs))
     rows = -(-len(pairs) // columns)
-    width, height = 2 * side + 4 * gap, side + 2 * gap
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    width, height = 2 * side + 4 * gap, side + line + 2 * gap
+    sheet = Image.new("RGB", (columns * width, line + rows * height), "white")
+    for column in range(columns):
+        _write(sheet, "original", column * width + gap, 0, side)
+        _write(sheet, "reconstruction", column * width + 2 * gap + side, 0, side)
     for i, (original, rebuilt) in enumerate(pairs):
-        left, top = i % columns * width + gap, i // columns * height + gap
-        sheet.paste(original, (left, top))
-        sheet.paste(rebuilt, (left + side + gap, top))
+        left, top = i % columns * width + gap, line + i // columns * height
+        _write(sheet, names[i], left, top, 2 * side + gap)
+        sheet.paste(original, (left, top + line))
+        sheet.paste(rebuilt, (left + side + gap, top + line))
     return sheet
+
+
+def _write(sheet: Image.Image, text: str, left: int, top: int, width: int) -> None:
+    """One line of text, cut off where it would run into the next."""
+    label = Image.new("RGB", (width, 14), "white")
+    ImageDraw.Draw(label).text((0, 0), text, "black", ImageFont.load_default(11))
+    sheet.paste(label, (left, top))
 
 
 def _targets(folder: Path, files: Sequence[str]) -> list[Path]:
