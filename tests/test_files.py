@@ -157,3 +157,11 @@ def test_folder_on_a_full_disk_is_one_line(tmp_path):
         atomic_folder(tmp_path / "file" / "out"),
     ):
         pass
+
+
+def test_an_older_folder_is_replaced_only_where_asked(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with atomic_folder(tmp_path / "out", replace=True) as temporary:
+        (temporary / "new").touch()
+    assert os.listdir(tmp_path / "out") == ["new"]

@@ -27,9 +27,15 @@ _REASONS = {
 }
 
 
-def write_error(path: str | os.PathLike[str], error: OSError) -> UserError:
-    """The one-line UserError that says why `path` cannot be written."""
-    reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+def write_error(path: str | os.PathLike[str], error: Exception) -> Exception:
+    """The one-line UserError that says why `path` cannot be written; `error` itself if it is no OS error.
+
+    Libraries that write for themselves (safetensors) give the number of an OSError only in their text.
+    """
+    number = error.errno if isinstance(error, OSError) else _os_error_number(error)
+    if number is None and not isinstance(error, OSError):
+        return error
+    reason = _REASONS.get(number or 0) or getattr(error, "strerror", None) or str(error)
     return UserError(f"cannot write {os.fspath(path)}: {reason}")
 
 
@@ -61,9 +67,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         if mode is not None:
             temporary.chmod(mode)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         ours = error.filename is None or Path(os.fsdecode(error.filename)) in (
             temporary,
@@ -79,16 +85,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `path`; when the block ends well it becomes `path`, else it is removed.
 
-    `path` may be an empty folder already, but nothing else.
+    `path` may be an empty folder already, but nothing else, unless it is to `replace` an older one. After a
+    kill `path` is the old folder, the new one or (for an instant, when replacing) missing, never half of one.
 
     Raises UserError, one line, if `path` is taken, the disk is full, or the place cannot be written to: also
     for an error of a library that gives only the number of an OSError (safetensors does).
     """
     target = Path(path)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another name or remove it")
     temporary = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}")
     try:
@@ -98,15 +105,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(plain)  # safetensors keeps its files from everyone but their owner
-            _flush(file)
+            flush(file)
+        flush(temporary)
+        if replace and target.exists():
+            shutil.rmtree(target)
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else _os_error_number(error)
         names = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename else target
         ours = names.is_relative_to(temporary) or names in (target, *target.parents)
         if ours and number in _REASONS:
-            raise write_error(target, OSError(number, str(error))) from error
+            raise write_error(target, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -117,7 +127,8 @@ def _os_error_number(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk keep what was written to a file, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

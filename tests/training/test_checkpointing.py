@@ -19,6 +19,7 @@ from torch import nn
 
 from tokenflow import TokenFlowImageProcessor, TokenFlowModel
 from tokenflow.errors import UserError
+from tokenflow.files import atomic_folder
 from tokenflow.training import checkpointing
 from tokenflow.training.loop import train_tokenizer
 
@@ -119,11 +120,11 @@ def test_a_state_file_with_code_in_it_is_refused(tmp_path, monkeypatch):
 
 def test_a_folder_whose_writing_fails_leaves_the_old_one(tmp_path):
     target = tmp_path / "step-00000001"
-    with checkpointing.atomic_folder(target) as folder:
+    with atomic_folder(target, replace=True) as folder:
         (folder / "a").write_text("old")
 
     def write_half() -> None:
-        with checkpointing.atomic_folder(target) as folder:
+        with atomic_folder(target, replace=True) as folder:
             (folder / "a").write_text("new")
             raise RuntimeError
 
@@ -140,7 +141,7 @@ def test_a_full_disk_is_one_line(tmp_path, save):
     try:
         with (
             pytest.raises(UserError, match=r"cannot write .*step-00000001: ") as caught,
-            checkpointing.atomic_folder(tmp_path / "step-00000001") as folder,
+            atomic_folder(tmp_path / "step-00000001", replace=True) as folder,
         ):
             save({"a": torch.zeros(10_000)}, folder / "weights")
     finally:

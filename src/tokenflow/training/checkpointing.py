@@ -11,11 +11,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenflow.errors import UserError
-from tokenflow.files import write_error
+from tokenflow.files import flush, write_error
 
 if TYPE_CHECKING:
     from tokenflow.tokenizer.modeling import TokenFlowModel
@@ -55,49 +52,6 @@ def rotate(root: Path, keep: int) -> None:
         shutil.rmtree(folder)
     for leftover in root.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover)
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target`; when the block ends well it is flushed and becomes `target`.
-
-    An older `target` is replaced. After a kill `target` is the old folder, the new one or (for an instant,
-    when replacing) missing, never half of one.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written to.
-    """
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise _write_error(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_error(path: Path, error: Exception) -> Exception:
-    """A full disk and the like as one line; safetensors puts the error number into its text."""
-    number = re.search(r"os error (\d+)", str(error))
-    if isinstance(error, SafetensorError) and number:
-        error = OSError(int(number[1]), os.strerror(int(number[1])))
-    return write_error(path, error) if isinstance(error, OSError) else error
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------- random states
@@ -146,7 +100,7 @@ def load_buffers(model: nn.Module, path: Path) -> None:
 
 
 def save_torch(value: Any, path: Path) -> None:
-    """Write a torch file; a full disk is an OSError."""
+    """Write a torch file. Raises OSError where the disk is full or `path` cannot be written."""
     try:
         with path.open("wb") as file:
             torch.save(value, file)
@@ -155,7 +109,7 @@ def save_torch(value: Any, path: Path) -> None:
 
 
 def load_torch(path: Path) -> Any:
-    """A torch file of tensors and plain values; anything else in it is an error, as is a damaged file."""
+    """A torch file of tensors and plain values. Raises UserError for anything else, or a damaged file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -163,6 +117,7 @@ def load_torch(path: Path) -> Any:
 
 
 def load_json(path: Path) -> dict[str, Any]:
+    """A JSON file. Raises UserError where it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -215,8 +170,8 @@ def export_half(model_dir: str | Path, out: str | Path) -> Path:
         with tempfile.TemporaryDirectory(dir=out, prefix=".") as temporary:  # a card beside the files stays
             save_export(model, state, Path(temporary))
             for path in Path(temporary).iterdir():
-                _flush(path)
+                flush(path)
                 os.replace(path, out / path.name)
     except (OSError, SafetensorError) as error:
-        raise _write_error(out, error) from error
+        raise write_error(out, error) from error
     return out

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from tokenflow.data.loader import ImageLoader
 from tokenflow.errors import UserError
-from tokenflow.files import write_error
+from tokenflow.files import atomic_folder, write_error
 from tokenflow.tokenizer.quantizer import CodeUsage
 from tokenflow.training import checkpointing
 from tokenflow.training.averaging import WeightAverage, whole
@@ -129,11 +129,9 @@ class Trainer:
                 to_channels_last(network)
         o = recipe.optimizer
         options: dict[str, Any] = {"betas": o.betas, "weight_decay": o.weight_decay, "fused": True}
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
         generator.to(self.device)
-        self.generator, self.optimizer = accelerator.prepare(
-            generator, torch.optim.AdamW(trainable, **options)
-        )
+        optimizer = build_optimizer(self.model, recipe.optimizer, accelerator.is_fsdp2)
+        self.generator, self.optimizer = accelerator.prepare(generator, optimizer)
         self.discriminator = None
         if losses.discriminator_network is not None:
             self.discriminator_network = losses.discriminator_network
@@ -250,7 +248,7 @@ class Trainer:
     def set_learning_rate(self) -> None:
         o, factor = self.recipe.optimizer, lr_factor(self.step, self.recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = o.lr * factor
+            group["lr"] = factor * (o.muon_lr if group.get("muon") else o.lr)
         if self.discriminator is not None:
             for group in self.discriminator_optimizer.param_groups:
                 group["lr"] = (o.lr if o.discriminator_lr is None else o.discriminator_lr) * factor
@@ -367,9 +365,8 @@ class Trainer:
         optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=FULL)
         averaged = self.average.full_state(weights)
         if self.accelerator.is_main_process:
-            with checkpointing.atomic_folder(
-                checkpointing.step_folder(self.checkpoints, self.step)
-            ) as folder:
+            newest = checkpointing.step_folder(self.checkpoints, self.step)
+            with atomic_folder(newest, replace=True) as folder:
                 checkpointing.save_tensors(weights, folder / "model.safetensors")
                 checkpointing.save_tensors(
                     checkpointing.transient_buffers(self.model), folder / "buffers.safetensors"
@@ -393,7 +390,6 @@ class Trainer:
                     "processes": self.accelerator.num_processes,
                 }
                 checkpointing.save_json(progress, folder / "progress.json")
-            newest = checkpointing.step_folder(self.checkpoints, self.step)
             checkpointing.point_to(self.folder / "export", newest / "export")
             checkpointing.rotate(self.checkpoints, self.recipe.keep)
         self.accelerator.wait_for_everyone()
