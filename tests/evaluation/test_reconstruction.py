@@ -228,5 +228,7 @@ def test_options_that_cannot_be_met(photographs, small_model_folder):
         run(dataclasses.replace(options, device="tpu9"))
     with pytest.raises(UserError, match="has no split 'train'"):
         run(dataclasses.replace(options, split="train"))
+    with pytest.raises(UserError, match="unknown baseline 'foo'"):  # before anything is looked for
+        run(ReconstructionEval(data="/missing", model="missing", baseline="foo"))
     with pytest.raises(UserError, match="no such file"):
         run(dataclasses.replace(options, inception="missing.pth"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -146,7 +147,14 @@ def write_pack(path, count, labels=True):
             array = ((pixel + 1) * 127.5).permute(1, 2, 0).numpy().astype(np.uint8)
             Image.fromarray(array).save(file, "png")
             row = {"image": {"bytes": file.getvalue(), "path": None}}
-            rows.append(row | ({"label": int(label)} if labels else {"caption": "a colour"}))
+            rows.append(
+                row
+                | (
+                    {"label": int(label), "label_name": f"colour {label}"}
+                    if labels
+                    else {"caption": "a colour"}
+                )
+            )
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
@@ -183,6 +191,23 @@ def test_a_model_is_judged_from_parquet_to_a_file(small_model_folder, teacher_fo
     assert fingerprint["reference"]["pictures"] == 18
     assert fingerprint["train"]["pictures"] == 60
     assert len(fingerprint["teacher_sha256"]) == 64
+
+
+def test_a_models_own_class_embeddings_are_the_default_for_the_set_they_name(small_model_folder, tmp_path):
+    data, mine = tmp_path / "colours", shutil.copytree(small_model_folder, tmp_path / "mine")
+    data.mkdir()
+    write_pack(data / "train.parquet", 60)
+    write_pack(data / "val.parquet", 18)
+    options = SemanticsEval(data=str(data), model=str(mine))
+    assert "zero-shot" not in semantics.run(options)["metrics"]
+    own = embeddings_file(
+        mine / "class_embeddings.safetensors", 4, ["colour 0", "colour 1", "colour 2", "colour 3"]
+    )
+    result = semantics.run(options)
+    assert "zero-shot" in result["metrics"]
+    assert result["fingerprint"]["class_embeddings_sha256"] == report.file_sha256(own)
+    embeddings_file(own, 4, "abcd")  # classes of another set: no figure is better than a meaningless one
+    assert "zero-shot" not in semantics.run(options)["metrics"]
 
 
 def test_sets_without_labels_and_with_too_many_are_refused(small_model_folder, tmp_path):

@@ -13,24 +13,36 @@ from torch import Tensor
 from tokenflow.errors import UserError
 
 
-def reconstruct(name: str, pictures: Tensor) -> Tensor:
-    """Baseline `name` on uint8 pictures [B, 3, H, W] -> uint8, same shape.
+def parse(name: str) -> tuple[str, int]:
+    """Method and number of a baseline's name.
 
     "shrink:N" box-averages to N x N pixels and enlarges bicubically (N * N * 3 bytes); "webp:N" and
     "jpeg:N" are the best picture of at most N bytes in that format over all qualities and halvings of the
-    side, header included (JPEG: without its tables, which all pictures could share). Raises `UserError` for
-    other names and for budgets nothing fits in.
+    side, header included (JPEG: without its tables, which all pictures could share).
+
+    Raises:
+        UserError: another name.
     """
     method, _, number = name.partition(":")
     if method not in ("shrink", "webp", "jpeg") or not number.isdecimal() or int(number) < 1:
         raise UserError(f"unknown baseline {name!r}; write shrink:N, webp:N or jpeg:N, for example webp:250")
+    return method, int(number)
+
+
+def reconstruct(name: str, pictures: Tensor) -> Tensor:
+    """Baseline `name` on uint8 pictures [B, 3, H, W] -> uint8, same shape; names as in `parse`.
+
+    Raises:
+        UserError: an unknown name; a budget that nothing fits in.
+    """
+    method, number = parse(name)
     images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures.cpu()]
     if method == "shrink":
         done = [
-            _enlarge(image.resize((int(number),) * 2, Image.Resampling.BOX), image.size) for image in images
+            _enlarge(image.resize((number, number), Image.Resampling.BOX), image.size) for image in images
         ]
     else:
-        done = [_best_within(image, method, int(number)) for image in images]
+        done = [_best_within(image, method, number) for image in images]
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in done])
 
 

@@ -70,7 +70,7 @@ class SemanticsEval:
     """Folder or name of the vision model that the semantic flow was trained to follow: the ceiling."""
     class_embeddings: str | None = None
     """Text embeddings of the class names (safetensors: tensor "embeddings", metadata "names"): adds
-    zero-shot accuracy."""
+    zero-shot accuracy. By default the model folder's own file, if its classes are those of `data`."""
     limit: int | None = None
     """Only the first so many pictures of each split."""
     device: str = "auto"
@@ -79,3 +79,45 @@ class SemanticsEval:
     """Pictures at a time; changes the speed, not the figures."""
     out: str | None = None
     """Where to write the result as JSON."""
+
+
+@dataclass(frozen=True)
+class GenerationEval:
+    """Make a picture for each row of a set and measure whether it shows what the prompt says: agreement with
+    an independent classifier, similarity to the prompt, a Frechet distance to the real pictures; and, with
+    `--ablation`, the sampling strategies of Tab. 6 side by side on the same seeds.
+
+    Example: `tokenflow eval generation --data PACKS/flowers102 --classifier FILE.pth --out result.json`
+    """
+
+    data: str
+    """A set with captions, or with labels and names of the labels, as in `eval reconstruction`."""
+    model: str = "tokenflow-tiny-t2i"
+    """A text-to-image model: a bundled name, a folder, or a hub name."""
+    split: str = "val"
+    """The split of `data` whose prompts and pictures are used."""
+    limit: int | None = None
+    """Only the first so many rows: one picture a row."""
+    classifier: str | None = None
+    """EfficientNet-Lite weights (.pth): adds agreement (where there are labels) and the Frechet distance."""
+    classifier_names: str | None = None
+    """Table (.tsv) of the classifier's classes with columns index, wnid and name: labels that it knows are
+    judged by the classifier itself; a set with others by a linear probe on the train split."""
+    teacher: str | None = None
+    """Folder of a CLIP-style image tower: adds "teacher similarity", with `text_encoder`."""
+    text_encoder: str | None = None
+    """Folder of the sentence encoder that belongs to the teacher."""
+    ablation: bool = False
+    """Also sample with the other strategies of Tab. 6: several times the work."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance."""
+    seed: int = 0
+    """The picture of row i is made from seed + i, whatever the strategy."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    batch_size: int = 16
+    """Pictures at a time; changes the speed, not the figures."""
+    out: str | None = None
+    """Where to write the result as JSON."""
+    sheet: str | None = None
+    """Where to save a contact sheet (PNG): real, through the tokenizer, and generated."""

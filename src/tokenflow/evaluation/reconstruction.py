@@ -105,6 +105,9 @@ def measure(
     Returns:
         the metrics, and what was measured on: `pictures` and `sha256` (of the prepared pixels, so
         that any difference in crop, resize, decoding or order shows).
+
+    Raises:
+        UserError: there was no batch.
     """
     distances = distances or {}
     totals: dict[str, list[Tensor]] = {"PSNR (dB)": [], "SSIM": [], **{name: [] for name in distances}}
@@ -163,6 +166,9 @@ def evaluate_reconstruction(
 
     Returns:
         a result for `report`.
+
+    Raises:
+        UserError: a tokenizer without a pixel decoder; an unknown baseline; no picture that can be read.
     """
     started = time.perf_counter()
     usage = None
@@ -215,6 +221,7 @@ def run(options: ReconstructionEval) -> report.Result:
 
     subject: TokenFlowModel | str
     if options.baseline is not None:
+        baselines.parse(options.baseline)
         subject, device = options.baseline, torch.device("cpu")
         image_size = TokenFlowConfig.from_pretrained(options.model).image_size
     else:

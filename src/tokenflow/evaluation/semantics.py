@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenflow.data.loader import EvalImages, iterate_eval
-from tokenflow.data.sources import Source
+from tokenflow.data.sources import Source, open_source
 from tokenflow.errors import UserError
 from tokenflow.evaluation import pictures, report
 from tokenflow.evaluation.options import SemanticsEval
@@ -78,8 +78,11 @@ def pooled_features(
 def collect(
     model: TokenFlowModel, batches: Iterable[tuple[Tensor, Tensor]], teacher: SemanticTeacher | None = None
 ) -> Features:
-    """Features of all (pixel_values [B, 3, H, W], labels [B]) batches, in memory (25,000 x 40 values: 4
-    MB)."""
+    """Features of all (pixel_values [B, 3, H, W], labels [B]) batches, in memory (25,000 x 40 values: 4 MB).
+
+    Raises:
+        UserError: there was no batch.
+    """
     collected: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
     device = model.device
@@ -227,13 +230,15 @@ def run(options: SemanticsEval) -> report.Result:
         teacher = SemanticTeacher.from_pretrained(resolve(options.teacher))
         teacher.to(model.device)
         settings["teacher_sha256"] = report.model_fingerprint(teacher, "teacher")["sha256"]
-    if options.class_embeddings is not None:
-        embeddings, _ = read_class_embeddings(options.class_embeddings, Path(options.data).name)
-        settings["class_embeddings_sha256"] = report.file_sha256(options.class_embeddings)
+    val_source = Source(options.data, split=options.split)
+    class_embeddings = options.class_embeddings or _own_class_embeddings(options.model, val_source)
+    if class_embeddings is not None:
+        embeddings, _ = read_class_embeddings(class_embeddings, Path(options.data).name)
+        settings["class_embeddings_sha256"] = report.file_sha256(class_embeddings)
     result = evaluate_semantics(
         model,
         Source(options.data, split=options.train_split),
-        Source(options.data, split=options.split),
+        val_source,
         teacher,
         embeddings,
         name=options.model,
@@ -245,6 +250,26 @@ def run(options: SemanticsEval) -> report.Result:
     if options.out is not None:
         report.write(result, options.out)
     return result
+
+
+def _own_class_embeddings(model: str, source: Source) -> Path | None:
+    """The model folder's class embeddings, if it has some and `source` has the classes they are of."""
+    from tokenflow.bundled import resolve
+
+    file = Path(resolve(model)) / "class_embeddings.safetensors"
+    if not file.is_file():
+        return None
+    try:
+        _, names = read_class_embeddings(file, Path(source.path_or_name).name)
+    except UserError:  # of other sets than this one
+        return None
+    opened = open_source(source)
+    if (stated := opened.label_names()) is not None:
+        return file if stated == names else None
+    if not {"label", "label_name"} <= set(opened.columns):
+        return None
+    first = next(iter(opened.dataset.select_columns(["label", "label_name"])), None)
+    return file if first and (first["label"], first["label_name"]) in enumerate(names) else None
 
 
 def _labelled(images: EvalImages, batch_size: int, digest: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -176,6 +176,9 @@ class TokenizerLoss(nn.Module):
 
         Returns:
             the loss, and for the log: `discriminator` (unweighted), `logits_real` and `logits_fake` (means).
+
+        Raises:
+            ValueError: there is no discriminator.
         """
         if self.discriminator_network is None:
             raise ValueError("there is no discriminator: LossConfig.discriminator is 'none'")

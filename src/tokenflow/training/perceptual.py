@@ -52,6 +52,9 @@ class FrozenDistance(nn.Module):
         """Distances ``[B]`` float32 of two batches ``[B, 3, H, W]`` in [-1, 1].
 
         Under autocast the network runs in half precision; features are compared in float32.
+
+        Raises:
+            ValueError: the two batches differ in shape.
         """
         if images.shape != reconstruction.shape:
             raise ValueError(
