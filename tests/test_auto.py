@@ -11,7 +11,7 @@ LIGHT = """
 import sys
 import tokenflow
 assert tokenflow.__version__
-assert set(tokenflow.__all__) <= set(dir(tokenflow))
+assert set(dir(tokenflow)) == {*tokenflow.__all__, "__version__"}
 heavy = {"torch", "transformers", "numpy", "PIL", "safetensors", "tyro", "rich"} & set(sys.modules)
 assert not heavy, heavy
 """

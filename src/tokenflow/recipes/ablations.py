@@ -14,6 +14,7 @@ from tokenflow.recipes.tokenizer import tokenflow_tiny
 from tokenflow.training.recipe import TrainRecipe
 
 STEPS = 2000
+CODEBOOK_SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def _ablation(name: str, **model) -> TrainRecipe:
@@ -64,5 +65,5 @@ ABLATION_RECIPES: dict[str, Callable[[], TrainRecipe]] = {
     "ablation-2-shared-mapping": shared_mapping,
     "ablation-3-multi-scale": multi_scale,
     "ablation-4-pretrained-init": pretrained_init,
-    **{f"ablation-codebook-{k}": partial(codebook_size, k) for k in (1024, 2048, 4096, 8192, 16384)},
+    **{f"ablation-codebook-{k}": partial(codebook_size, k) for k in CODEBOOK_SIZES},
 }
