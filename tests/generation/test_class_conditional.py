@@ -9,7 +9,13 @@ import torch
 
 from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
-from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
+from tokenflow.generation.class_conditional import (
+    ClassPredictor,
+    TokenFlowClassToImageConfig,
+    TokenFlowForClassToImage,
+)
+from tokenflow.generation.masks import Segment, block_numbers, dense_mask
+from tokenflow.generation.sampler import KnownTokens, SamplingSettings, sample_scales
 
 SIZES = {"codebook_size": 64, "scales": [1, 2, 4], "num_classes": 5}
 
@@ -143,3 +149,62 @@ def test_mistakes_are_one_line(model, tokenizer):
     other = TokenFlowForClassToImage(TokenFlowClassToImageConfig(depth=1, **{**SIZES, "scales": [1, 4]}))
     with pytest.raises(UserError, match="the tokenizer has scales"):
         other.set_codebooks(tokenizer)
+
+
+class Uncached:
+    """The oracle: every pass computes all scales again, with the mask of training."""
+
+    def __init__(self, model, labels):
+        self.model, self.condition, self.kept = model, model.embed_classes(labels), []
+
+    def step(self, position, features, keep):
+        x = self.model.embed_start(self.condition)
+        if features is not None:
+            before = [self.model.embed_scales(f, k) for k, f in enumerate(self.kept[: position - 1], 1)]
+            x = torch.cat([x, *before, self.model.embed_scales(features, position)], dim=1)
+            self.kept += [features] if keep else []
+        blocks = block_numbers([Segment(s * s, "scale") for s in self.model.config.scales[: position + 1]])
+        mask = dense_mask(blocks, torch.ones(1, len(blocks), dtype=torch.bool))
+        logits = self.model.logits(x, self.condition, mask)
+        return logits[:, -(self.model.config.scales[position] ** 2) :]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_cache_changes_no_code(model, passes):
+    settings = SamplingSettings(2.0, [5] * passes, [0.9] * passes, temperature=0.0)
+    labels = torch.tensor([0, 3, 5, 5])  # with guidance: two labels, then "no class"
+    cached = [*sample_scales(ClassPredictor(model, labels), model.code_table, settings, [1, 2])]
+    uncached = [*sample_scales(Uncached(model, labels), model.code_table, settings, [1, 2])]
+    assert [codes.shape[1] for codes in cached] == [1, 5, 21]
+    for a, b in zip(cached, uncached, strict=True):
+        assert torch.equal(a, b)
+    public = model.generate_indices(
+        torch.tensor([0, 3]), guidance_scale=2.0, top_k=[5] * passes, top_p=[0.9] * passes, temperature=0.0
+    )
+    assert torch.equal(public, cached[-1])
+
+
+def test_an_image_depends_on_its_label_and_its_seed_alone(model):
+    together = model.generate_indices(torch.tensor([0, 1, 1]), seed=[7, 8, 9])
+    assert together.shape == (3, 21)
+    assert 0 <= int(together.min()) <= int(together.max()) < 64
+    assert torch.equal(model.generate_indices(torch.tensor([1]), seed=8), together[1:2])
+    assert torch.equal(
+        model.generate_indices(torch.tensor([1, 0]), seed=[9, 7], batch_size=2), together[[2, 0]]
+    )
+    assert not torch.equal(together[1], together[2])
+    heard = []
+    model.generate_indices(torch.tensor([0, 1]), seed=7, callback=heard.append)
+    assert [(list(step.rows), step.position, step.codes.shape[1]) for step in heard] == [
+        ([0], 0, 1), ([0], 1, 5), ([0], 2, 21), ([1], 0, 1), ([1], 1, 5), ([1], 2, 21),
+    ]  # fmt: skip
+    assert torch.equal(heard[2].codes, together[:1])
+
+
+def test_known_codes_stay(model):
+    first = model.generate_indices(torch.tensor([2]), seed=1)
+    again = model.generate_indices(torch.tensor([2]), seed=2, known=KnownTokens(first[:, :5]))
+    assert torch.equal(again[:, :5], first[:, :5])
+    assert not torch.equal(again, first)
+    with pytest.raises(UserError, match="known codes must be"):
+        model.generate_indices(torch.tensor([2]), known=KnownTokens(first[:, :4]))

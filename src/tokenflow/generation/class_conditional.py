@@ -14,6 +14,7 @@ The inputs of later scales, the guidance ramp and the sampling are those of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,14 @@ from transformers.utils import ModelOutput
 from tokenflow.errors import UserError
 from tokenflow.generation.codes import CodeTable
 from tokenflow.generation.masks import Segment, block_numbers, dense_mask
+from tokenflow.generation.predictor import ScaleCache
+from tokenflow.generation.sampler import (
+    KnownTokens,
+    SamplingSettings,
+    ScaleStep,
+    sample_scales,
+    seeds_for,
+)
 from tokenflow.tokenizer.configuration import check_scales
 from tokenflow.tokenizer.modeling import TokenFlowModel
 
@@ -291,6 +300,67 @@ class TokenFlowForClassToImage(PreTrainedModel):
             x = block(x, condition, mask, cache)
         scale, shift = self.head_adaptation(condition)
         return self.head(_modulate(x, scale, shift)).float()
+
+    # sampling
+    def generate_indices(
+        self,
+        labels: Tensor,
+        *,
+        guidance_scale: float = 1.5,
+        top_k: Sequence[int] = (900,),
+        top_p: Sequence[float] = (0.96,),
+        temperature: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        known: KnownTokens | None = None,
+        callback: Callable[[ScaleStep], None] | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Sample images: their codes `[B, L]` int64. The defaults are VAR's, one pass a scale.
+
+        Args:
+            labels: `[B]` int64.
+            guidance_scale, top_k, top_p, temperature: see `SamplingSettings`.
+            seed: an int for every image, or B of them; None draws them. An image depends on its seed alone.
+            known: codes that are given, see `KnownTokens`.
+            callback: called with a `ScaleStep` a scale and batch.
+            batch_size: images at a time; by default one on a CPU, where that keeps results bitwise equal
+                whatever the batch, and all of them elsewhere.
+
+        Raises:
+            UserError: labels, settings, seeds or known codes that do not fit.
+        """
+        settings = SamplingSettings(guidance_scale, top_k, top_p, temperature)
+        self.code_table.check_set()
+        if known is not None:
+            known.check(len(labels), self.code_table)
+        seeds = seeds_for(seed, len(labels))
+        size = batch_size or (1 if self.device.type == "cpu" else len(labels))
+        done = []
+        for first in range(0, len(labels), size):
+            part = slice(first, min(first + size, len(labels)))
+            rows = labels[part].to(self.device)
+            if settings.guided:
+                rows = torch.cat([rows, torch.full_like(rows, self.config.num_classes)])
+            given = None if known is None else known.of(part)
+            steps = sample_scales(ClassPredictor(self, rows), self.code_table, settings, seeds[part], given)
+            for position, codes in enumerate(steps):
+                if callback is not None:
+                    callback(ScaleStep(range(part.start, part.stop), position, codes))
+            done.append(codes)
+        return torch.cat(done)
+
+
+class ClassPredictor:
+    """How the class-conditional model takes part in sampling, for R labels; see `NextScalePredictor`."""
+
+    def __init__(self, model: TokenFlowForClassToImage, labels: Tensor):
+        self.model, self.condition = model, model.embed_classes(labels)
+        self.cache = ScaleCache(model.config.depth, model.config.num_image_tokens)
+
+    def step(self, position: int, features: Tensor | None, keep: bool) -> Tensor:
+        model, condition = self.model, self.condition
+        x = model.embed_start(condition) if features is None else model.embed_scales(features, position)
+        return model.logits(x, condition, cache=self.cache.at(model.offsets[position], keep))
 
 
 __all__ = ["ClassToImageOutput", "TokenFlowClassToImageConfig", "TokenFlowForClassToImage"]
