@@ -14,8 +14,10 @@ from text_to_image_goldens import (
     FEATURE_ATOL,
     FOLDER,
     GRAD_RTOL,
+    GUIDED_ATOL,
     LOGIT_ATOL,
     LOSS_ATOL,
+    PROBABILITY_ATOL,
     golden_model,
     load,
     released_state,
@@ -24,7 +26,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tokenflow.checkpoints.text_to_image import released_key
 from tokenflow.generation.masks import Segment, block_numbers, dense_mask
+from tokenflow.generation.modeling import join_prefixes
+from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor
 from tokenflow.generation.prompt import add_pad_token, encode_prompts, marker_ids
+from tokenflow.generation.sampler import SamplingSettings, likely_codes, sample_scales
 
 IDS = CASE["ids"]
 N = CASE["num_image_tokens"]
@@ -173,3 +178,74 @@ def test_gradients(model, inputs, golden):
     for key, norm in norms.items():
         assert parameters[key].grad.norm().item() == pytest.approx(norm, rel=GRAD_RTOL), key
     model.zero_grad()
+
+
+# sampling
+@pytest.mark.parametrize("case", json.loads((FOLDER / "filter.json").read_text())["small"]["cases"])
+def test_filter_by_hand(case):
+    logits = torch.tensor(json.loads((FOLDER / "filter.json").read_text())["small"]["logits"])
+    values, kept = likely_codes(logits, case["top_k"], case["top_p"])
+    assert sorted(kept[values > -torch.inf].tolist()) == case["kept"]
+
+
+def test_filter():
+    goldens = load("golden_filter")
+    for case in json.loads((FOLDER / "filter.json").read_text())["cases"]:
+        scale = f"s{case['scale_index']}"
+        name = f"{scale}.k{case['top_k']}.p{case['top_p']}"
+        values, kept = likely_codes(goldens[f"{scale}.logits"], case["top_k"], case["top_p"])
+        inside = values > -torch.inf
+        order = kept[inside].argsort()
+        assert torch.equal(kept[inside][order].int(), goldens[f"{name}.support"])
+        close(values[inside].softmax(-1)[order], goldens[f"{name}.probs"], PROBABILITY_ATOL)
+
+
+class Recorder:
+    """A predictor that notes the logits of each pass."""
+
+    def __init__(self, predictor):
+        self.predictor, self.seen = predictor, []
+
+    def step(self, position, features, keep):
+        logits = self.predictor.step(position, features, keep)
+        self.seen.append((position, 0 if keep else self.seen[-1][1] + 1, logits))
+        return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["1step", "3step"])
+@pytest.mark.parametrize("kind", [CachedPredictor, UncachedPredictor])
+def test_greedy_sampling(model, run, kind):
+    prefix = load("inference_inputs")["prefix_ids"]
+    goldens, case = load(f"golden_infer_{run}"), CASE["infer"]["runs"][run]
+    ids, real = join_prefixes([(prefix, prefix != IDS["pad"])])
+    predictor = Recorder(kind(model, ids, real))
+    settings = SamplingSettings(CASE["infer"]["guidance"], case["top_k"], case["top_p"])
+    *_, sampled = sample_scales(predictor, model.code_table, settings, [0, 1])
+    assert torch.equal(sampled.int(), goldens["codes"])
+    assert len(predictor.seen) == len(case["passes"])
+
+    columns = [i - IDS["image_token_start"] for i in CASE["vocab_subset"] if i >= IDS["image_token_start"]]
+    for (position, index, logits), expected in zip(predictor.seen, case["passes"], strict=True):
+        name = f"s{position}.r{index}"
+        assert (position, index) == (expected["scale_index"], expected["refinement"])
+        rows = expected["checked_positions"]
+        conditional, unconditional = logits.chunk(2)
+        close(conditional[:, rows][..., columns], goldens[f"{name}.cond"], LOGIT_ATOL)
+        close(unconditional[:, rows][..., columns], goldens[f"{name}.uncond"], LOGIT_ATOL)
+        t = expected["t"]
+        assert t == settings.guidance_at(position, len(model.config.scales))
+        guided = (1 + t) * conditional - t * unconditional
+        close(guided[:, rows][..., columns], goldens[f"{name}.guided"], GUIDED_ATOL)
+        assert torch.equal(guided.argmax(-1).int(), goldens[f"{name}.codes"])
+
+
+@pytest.mark.slow
+def test_generate_indices_is_that_sampling(model):
+    prefix = load("inference_inputs")["prefix_ids"]
+    mask = (prefix != IDS["pad"]).long()
+    goldens, case = load("golden_infer_1step"), CASE["infer"]["runs"]["1step"]
+    sampled = model.generate_indices(
+        prefix[:2], mask[:2], prefix[2:], mask[2:], top_k=case["top_k"], top_p=case["top_p"]
+    )
+    assert torch.equal(sampled.int(), goldens["codes"])

@@ -14,9 +14,9 @@ Notable, next to Llama:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,25 +25,24 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
 from transformers.utils import ModelOutput
 
 from tokenflow.errors import UserError
 from tokenflow.generation.codes import CodeTable
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
+from tokenflow.generation.decoder import Decoder, VisualProjector
 from tokenflow.generation.masks import Segment, block_numbers, dense_mask, flex_mask
+from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor
 from tokenflow.generation.prompt import add_pad_token, marker_ids
+from tokenflow.generation.sampler import (
+    KnownTokens,
+    SamplingSettings,
+    ScaleStep,
+    sample_scales,
+    seeds_for,
+)
 from tokenflow.tokenizer.modeling import TokenFlowModel
 
-QK_NORM_EPS = 1e-6  # fixed in the released code, whatever rms_norm_eps is
 LOGITS_AT_A_TIME = 2**28  # of the loss; beyond it they are computed in pieces, and again in the backward pass
 
 
@@ -60,111 +59,6 @@ class TextToImageOutput(ModelOutput):
     loss_vision: Tensor = None  # type: ignore[assignment]
     loss_text: Tensor | None = None
     nll: Tensor = None  # type: ignore[assignment]
-
-
-class Attention(LlamaAttention):
-    """Llama's attention with query and key norms; the mask alone says who sees whom."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=QK_NORM_EPS)
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=QK_NORM_EPS)
-        self.is_causal = False
-
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):  # type: ignore[override]
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        # Masks are boolean, so there is no eager attention here.
-        attend = ALL_ATTENTION_FUNCTIONS[
-            "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
-        ]
-        dropout = self.attention_dropout if self.training else 0.0
-        out, _ = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1))
-
-
-class DecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.self_attn = Attention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_feedforward_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, x: Tensor, position_embeddings, attention_mask=None, past_key_values=None) -> Tensor:
-        attended = self.self_attn(x, position_embeddings, attention_mask, past_key_values)
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(x))
-
-
-class VisualProjector(nn.Module):
-    """Code vectors to hidden states; LLaVA's projector, also in its key names."""
-
-    def __init__(self, dim: int, hidden_size: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x)))
-
-
-class Decoder(nn.Module):
-    """Embeddings of text and scales, the layers, the last norm."""
-
-    def __init__(self, config: TokenFlowTextToImageConfig):
-        super().__init__()
-        text, self.scales = config.text_config, config.scales
-        self.embed_tokens = nn.Embedding(config.text_vocab_size, text.hidden_size)
-        self.visual_projector = VisualProjector(config.code_dim, text.hidden_size)
-        # Row 0 is for text, row k + 1 for scale k. Row 1 is used only where the first scale has more than one
-        # token: the released schedules begin with 1 x 1, whose only position is the last one of the text.
-        self.scale_embedding = nn.Embedding(len(config.scales) + 1, text.hidden_size)
-        self.image_position_embedding = nn.Embedding(config.num_image_tokens, text.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(text, i) for i in range(text.num_hidden_layers))
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=text)
-        self.offsets = [sum(s * s for s in self.scales[:k]) for k in range(len(self.scales) + 1)]
-
-    def embed_text(self, ids: Tensor) -> Tensor:
-        return self.embed_tokens(ids) + self.scale_embedding.weight[0]
-
-    def embed_prefix(self, ids: Tensor) -> Tensor:
-        """Prefix `[B, P]` to `[B, P - 1 + s_0^2, H]`: the last positions predict the first scale."""
-        x = self.embed_text(ids)
-        positions = self.image_position_embedding.weight[: self.offsets[1]]
-        x = torch.cat([x[:, :-1], x[:, -1:] + positions[0]], dim=1)
-        if len(positions) == 1:
-            return x
-        rest = positions[1:] + self.scale_embedding.weight[1]
-        return torch.cat([x, rest.expand(len(x), -1, -1)], dim=1)
-
-    def embed_scales(self, features: Tensor, first: int) -> Tensor:
-        """Features `[B, n, D]` of scale `first` and those after it to `[B, n, H]`."""
-        start, n = self.offsets[first], features.shape[1]
-        sides = [self.scales[k] ** 2 for k in range(first, self.offsets.index(start + n))]
-        rows = torch.arange(first + 1, first + 1 + len(sides), device=features.device)
-        rows = rows.repeat_interleave(torch.tensor(sides, device=features.device), output_size=n)
-        x = self.visual_projector(features.to(self.visual_projector.linear_1.weight.dtype))
-        return x + self.scale_embedding(rows) + self.image_position_embedding.weight[start : start + n]
-
-    def embed_after(self, ids: Tensor) -> Tensor:
-        """What follows the image: the zero vector left over by the shift, then text `[B, n]`."""
-        zero = self.scale_embedding.weight[0].expand(len(ids), 1, -1)
-        return torch.cat([zero, self.embed_text(ids)], dim=1)
-
-    def forward(self, x: Tensor, first_position: int, attention_mask=None, past_key_values=None) -> Tensor:
-        """Hidden states `[B, n, H]` of embeddings at positions `first_position`, ... of the one axis."""
-        positions = torch.arange(first_position, first_position + x.shape[1], device=x.device)[None]
-        rotary = self.rotary_emb(x, positions)
-        for layer in self.layers:
-            x = layer(x, rotary, attention_mask, past_key_values)
-        return self.norm(x)
 
 
 class TokenFlowForTextToImage(PreTrainedModel):
@@ -375,6 +269,100 @@ class TokenFlowForTextToImage(PreTrainedModel):
     def _cross_entropy(self, rows: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(rows).float(), labels, reduction="none")
 
+    # sampling
+    def stream_indices(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        negative_input_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        *,
+        guidance_scale: float = 7.5,
+        top_k: Sequence[int] = (1200, 100, 1),
+        top_p: Sequence[float] = (0.8, 0.8, 0.0),
+        temperature: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        known: KnownTokens | None = None,
+        use_cache: bool = True,
+        batch_size: int | None = None,
+    ) -> Iterator[ScaleStep]:
+        """Sample images and hear of each scale as soon as it is there.
+
+        Args:
+            input_ids, attention_mask: `[B, P]`, prompts and opening marker (`encode_prompts`).
+            negative_input_ids, negative_attention_mask: `[B, P']` or `[1, P']`, what guidance leads away
+                from; by default the empty prompt.
+            guidance_scale, top_k, top_p, temperature: see `SamplingSettings`.
+            seed: an int for every prompt, or B of them; None draws them. A prompt's codes depend on its seed
+                alone, not on its neighbours.
+            known: codes that are given (in-painting, variations), see `KnownTokens`.
+            use_cache: False computes everything again in each pass: the oracle that the cache is tested with.
+            batch_size: prompts at a time; by default one on a CPU, where larger batches are hardly faster and
+                one keeps results bitwise equal whatever the batch, and all of them elsewhere.
+
+        Yields:
+            A `ScaleStep` a scale and batch.
+
+        Raises:
+            UserError: settings, seeds, masks or codes that do not fit.
+        """
+        settings = SamplingSettings(guidance_scale, top_k, top_p, temperature)
+        rows = len(input_ids)
+        self.code_table.check_set()
+        if known is not None:
+            known.check(rows, self.code_table)
+        if negative_input_ids is None:
+            negative_input_ids = input_ids.new_tensor(
+                [[self.config.bos_token_id, *self.config.image_open_ids]]
+            )
+            negative_attention_mask = torch.ones_like(negative_input_ids)
+        elif negative_attention_mask is None:
+            raise UserError("negative_input_ids needs negative_attention_mask")
+        if len(negative_input_ids) not in (1, rows):
+            raise UserError(f"give 1 or {rows} negative prompts, got {len(negative_input_ids)}")
+        seeds = seeds_for(seed, rows)
+        size = batch_size or (1 if self.device.type == "cpu" else rows)
+        kind = CachedPredictor if use_cache else UncachedPredictor
+        for first in range(0, rows, size):
+            part = slice(first, min(first + size, rows))
+            prefixes = [(input_ids[part], attention_mask[part])]
+            if settings.guided:
+                negative = (negative_input_ids, cast(Tensor, negative_attention_mask))
+                ids, mask = (x.expand(rows, -1)[part] for x in negative)
+                prefixes.append((ids, mask))
+            predictor = kind(self, *join_prefixes(prefixes))
+            given = None if known is None else known.of(part)
+            steps = sample_scales(predictor, self.code_table, settings, seeds[part], given)
+            for position, codes in enumerate(steps):
+                yield ScaleStep(range(part.start, part.stop), position, codes)
+
+    def generate_indices(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        negative_input_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        *,
+        callback: Callable[[ScaleStep], None] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Sample images: their codes `[B, N]` int64 in [0, K).
+
+        Arguments and errors as in `stream_indices`; `callback` is called with each of its steps.
+        """
+        done = []
+        prompts = (input_ids, attention_mask, negative_input_ids, negative_attention_mask)
+        for step in self.stream_indices(*prompts, **options):
+            if callback is not None:
+                callback(step)
+            if step.position == len(self.config.scales) - 1:
+                done.append(step.codes)
+        return torch.cat(done)
+
+    def visual_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the K codes only, float32: `[..., H]` to `[..., K]`."""
+        return F.linear(hidden, self.lm_head.weight[self.config.text_vocab_size :]).float()
+
     # geometry
     @property
     def image_start(self) -> int:
@@ -398,6 +386,16 @@ def cut_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
         raise UserError("a row of attention_mask ends with padding; prompts are padded on the left")
     first = int(real.any(dim=0).int().argmax())
     return input_ids[:, first:], real[:, first:]
+
+
+def join_prefixes(prefixes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Batches `(input_ids, attention_mask)` as one, without needless padding; the mask comes back as bool."""
+    cut = [cut_padding(*prefix) for prefix in prefixes]
+    width = max(ids.shape[1] for ids, _ in cut)
+    # Which id fills the padding does not matter: nothing sees it.
+    ids = torch.cat([F.pad(ids, (width - ids.shape[1], 0)) for ids, _ in cut])
+    real = torch.cat([F.pad(real, (width - real.shape[1], 0)) for _, real in cut])
+    return ids, real
 
 
 __all__ = ["TextToImageOutput", "TokenFlowForTextToImage"]

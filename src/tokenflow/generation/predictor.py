@@ -1,0 +1,105 @@
+"""How the language model takes part in sampling: with a key-value cache, and, as the oracle, without one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenflow.generation.masks import block_numbers, dense_mask
+
+if TYPE_CHECKING:
+    from tokenflow.generation.modeling import TokenFlowForTextToImage
+
+
+class ScaleCache:
+    """Keys and values of all layers in buffers of fixed size.
+
+    Unlike transformers' caches it can run a pass that sees what was kept before its scale and leaves no
+    trace: a refinement. `at` says where the coming pass begins and whether it is kept.
+    """
+
+    def __init__(self, layers: int, length: int):
+        self.length = length
+        self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.start, self.keep = 0, True
+
+    def at(self, start: int, keep: bool) -> ScaleCache:
+        self.start, self.keep = start, keep
+        return self
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that the new positions `[R, heads, n, d]` see: those before them and their own."""
+        buffers = self.buffers[layer]
+        if buffers is None:
+            shape = (*k.shape[:2], self.length, k.shape[3])
+            buffers = self.buffers[layer] = (k.new_empty(shape), v.new_empty(shape))
+        end = self.start + k.shape[2]
+        if self.keep:
+            for buffer, new in zip(buffers, (k, v), strict=True):
+                buffer[:, :, self.start : end] = new
+            return buffers[0][:, :, :end], buffers[1][:, :, :end]
+        keys, values = (
+            torch.cat([buffer[:, :, : self.start], new], dim=2)
+            for buffer, new in zip(buffers, (k, v), strict=True)
+        )
+        return keys, values
+
+
+class CachedPredictor:
+    """Each pass computes only its own scale's positions. Shapes depend on the scale alone.
+
+    Args:
+        model: the language model.
+        input_ids: `[R, P]` prefixes without columns of padding, see `modeling.cut_padding`.
+        real: `[R, P]` bool, False at padding.
+    """
+
+    def __init__(self, model: TokenFlowForTextToImage, input_ids: Tensor, real: Tensor):
+        self.model, self.input_ids, self.real = model, input_ids, real
+        total = input_ids.shape[1] - 1 + model.config.num_image_tokens
+        self.cache = ScaleCache(len(model.model.layers), total)
+        # Without padding nothing is hidden from a later scale, and attention without a mask is faster.
+        self.visible = None if real.all() else F.pad(real, (0, total - real.shape[1]), value=True)
+        self.positions = 0
+
+    def step(self, position: int, features: Tensor | None, keep: bool) -> Tensor:
+        decoder, prefix = self.model.model, self.input_ids.shape[1]
+        mask: Tensor | None
+        if features is None:
+            x, start = decoder.embed_prefix(self.input_ids), 0
+            blocks = block_numbers(self.model.segments(prefix, 1), x.device)
+            mask = dense_mask(blocks, F.pad(self.real, (0, x.shape[1] - prefix), value=True))
+        else:
+            x = decoder.embed_scales(features, position)
+            start = prefix - 1 + decoder.offsets[position]
+            mask = None if self.visible is None else self.visible[:, None, None, : start + x.shape[1]]
+        self.positions += x.shape[1]
+        first = self.model.image_start - prefix + start
+        hidden = decoder(x, first, mask, self.cache.at(start, keep))
+        return self.model.visual_logits(hidden[:, -(decoder.scales[position] ** 2) :])
+
+
+class UncachedPredictor:
+    """Each pass computes everything again from the prefix on; slow, simple, and what the cache must equal."""
+
+    def __init__(self, model: TokenFlowForTextToImage, input_ids: Tensor, real: Tensor):
+        self.model, self.input_ids, self.real = model, input_ids, real
+        self.kept: list[Tensor] = []
+        self.positions = 0
+
+    def step(self, position: int, features: Tensor | None, keep: bool) -> Tensor:
+        decoder, prefix = self.model.model, self.input_ids.shape[1]
+        x = decoder.embed_prefix(self.input_ids)
+        if features is not None:
+            shown = [*self.kept[: position - 1], features]
+            x = torch.cat([x, decoder.embed_scales(torch.cat(shown, dim=1), first=1)], dim=1)
+            if keep:
+                self.kept.append(features)
+        blocks = block_numbers(self.model.segments(prefix, position + 1), x.device)
+        mask = dense_mask(blocks, F.pad(self.real, (0, x.shape[1] - prefix), value=True))
+        self.positions += x.shape[1]
+        hidden = decoder(x, self.model.image_start - prefix, mask)
+        return self.model.visual_logits(hidden[:, -(decoder.scales[position] ** 2) :])
