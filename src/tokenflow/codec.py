@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -26,6 +26,8 @@ from tokenflow.tokenizer.token_file import TokenFile, codebook_fingerprint, load
 
 if TYPE_CHECKING:
     from os import PathLike
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
@@ -65,11 +67,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load model {name}: {_first_line(error)}") from error
-    try:
-        model = model.to(_device(device), getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use device {device!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load model {name}: {first_line(error)}") from error
+    model = place(model, device, dtype)
     return Loaded(model.eval(), processor, name)
 
 
@@ -90,7 +89,7 @@ def encode_files(
             of the images; no file is written then.
     """
     paths = image_paths(images)
-    _spare([Path(output)], paths)
+    spare_inputs([Path(output)], paths)
     check_writable(output)
     loaded = load(model, device=device)
     loaded.processor.resize_mode = resize_mode
@@ -137,7 +136,7 @@ def decode_file(
     """
     stored = load_tokens(tokens)
     targets = _targets(Path(output), stored.files)
-    _spare(targets, [Path(tokens), *map(Path, stored.files)])
+    spare_inputs(targets, [Path(tokens), *map(Path, stored.files)])
     check_writable(targets[0] if targets else Path(output) / "x.png")
     loaded = load(model or stored.model, device=device, dtype=dtype)
     stored.check_model(loaded.model, loaded.name)
@@ -179,7 +178,7 @@ def reconstruct_files(
 
     paths, folder = image_paths(images), Path(output)
     targets = _targets(folder, [str(path) for path in paths])
-    _spare([*targets, folder / "comparison.png", folder / "metrics.json"], paths)
+    spare_inputs([*targets, folder / "comparison.png", folder / "metrics.json"], paths)
     check_writable(folder / "comparison.png")
     loaded = load(model, device=device, dtype=dtype)
     rows: list[dict[str, Any]] = []
@@ -249,7 +248,7 @@ def _config(name: str) -> TokenFlowConfig:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {name}: {_first_line(error)}") from error
+        raise UserError(f"cannot load model {name}: {first_line(error)}") from error
 
 
 def _weights_line(file: Path) -> str:
@@ -259,7 +258,7 @@ def _weights_line(file: Path) -> str:
             values = sum(torch.Size(part.get_shape()).numel() for part in slices)
             dtypes = sorted({part.get_dtype() for part in slices})
     except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {_first_line(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
     return f"{values / 1e6:.2f} M values, {', '.join(dtypes)}, {file.stat().st_size / 1e6:.1f} MB"
 
 
@@ -336,7 +335,7 @@ def _targets(folder: Path, files: Sequence[str]) -> list[Path]:
     return targets
 
 
-def _spare(targets: Sequence[Path], inputs: Sequence[Path]) -> None:
+def spare_inputs(targets: Sequence[Path], inputs: Sequence[Path]) -> None:
     """Raise a UserError if writing `targets` would replace one of the existing `inputs`."""
     # By identity, not by name: links, and file systems that ignore case, give one file several names.
     files = {_identity(path) for path in inputs} - {None}
@@ -363,11 +362,21 @@ def _batches(items: Sequence[Any], size: int, what: str) -> Iterator[Sequence[An
             bar.update(len(batch))
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+def place(model: Module, device: str, dtype: str) -> Module:
+    """A model on a device ("auto": a GPU if there is one) in a dtype.
+
+    Raises:
+        UserError: no such device.
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = "cpu" if found is None else found.type
+    try:
+        return model.to(device, getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use device {device!r}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, without the rest of a long explanation."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
