@@ -195,3 +195,22 @@ def test_lengths_that_end_within_a_scale_are_refused():
     for length in (0, 2, 20, 22):
         with pytest.raises(UserError, match=rf"{length} indices do not end with a scale; .* \[1, 5, 21\]"):
             q.prefix_scales(length)
+
+
+def test_dead_codes_restart_once_in_a_window_of_training_only():
+    torch.manual_seed(0)
+    single = SharedMappingQuantizer([("semantic", 4, 1.0), ("pixel", 2, 1.0)], 32, usage_window=40)
+    q = MultiScaleQuantizer(single, (1, 2), usage_window=40, restart_dead_codes=True).train()
+    h = torch.randn(1, 6, 2, 2).repeat(4, 1, 1, 1)  # 20 indices a step, at most 5 distinct
+    before = single.codes().detach().clone()
+    q(h)
+    assert torch.equal(single.codes(), before)
+    used = q(h).indices.unique()  # 40 indices: the window is full
+    moved = (single.codes() != before).any(1).nonzero().flatten()
+    assert not set(used.tolist()) & set(moved.tolist())
+    assert len(moved) == 20  # as many as the step has vectors, of 27 or more dead codes
+    after = single.codes().detach().clone()
+    q.eval()
+    for _ in range(4):
+        q(h)
+    assert torch.equal(single.codes(), after)

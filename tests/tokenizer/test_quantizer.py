@@ -232,6 +232,22 @@ def test_drawn_means_repeat_only_if_samples_are_few():
 
 
 # usage
+def test_dead_codes_restart_at_vectors_of_the_batch_and_the_others_stay():
+    q = quantizer([("a", 3, 1.0), ("b", 2, 1.0)], codebook_size=8).train()
+    q.usage.update(torch.tensor([1, 4, 4, 6]))
+    before, vectors = q.codes().detach().clone(), torch.randn(50, 5)
+    q.restart_dead(vectors)
+    after = q.codes().detach()
+    alive = torch.tensor([1, 4, 6])
+    assert torch.equal(after[alive], before[alive])
+    dead = after[torch.tensor([0, 2, 3, 5, 7])]
+    distances = (dead[:, None] - q.normalize(vectors)).norm(dim=-1)
+    assert (distances.min(1).values < 1e-6).all()
+    assert len(dead.unique(dim=0)) == 5
+    q.restart_dead(vectors[:2])  # fewer vectors than dead codes
+    assert (q.codes() != after).any(1).sum() == 2
+
+
 @given(batches=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=6))
 @settings(max_examples=40, deadline=None)
 def test_usage_is_the_share_of_distinct_codes_among_the_last_window(batches):

@@ -216,14 +216,14 @@ def test_patch_embedding_starts_white(recipe):
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    recipe = TeacherRecipe(learning_rate=1.0, warmup_steps=10)
-    assert teacher.learning_rate(recipe, 0, 0.0) == pytest.approx(0.1)
-    assert teacher.learning_rate(recipe, 100, 0.5) == pytest.approx(0.5)
-    assert teacher.learning_rate(recipe, 100, 1.2) == 0
+    recipe = TeacherRecipe(warmup_steps=10)
+    assert teacher.learning_rate_share(recipe, 0, 0.0) == pytest.approx(0.1)
+    assert teacher.learning_rate_share(recipe, 100, 0.5) == pytest.approx(0.5)
+    assert teacher.learning_rate_share(recipe, 100, 1.2) == 0
 
 
 def test_resuming_gives_the_same_weights(recipe, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "learning_rate", lambda *args: 1e-3)
+    monkeypatch.setattr(teacher, "learning_rate_share", lambda *args: 0.5)
     monkeypatch.setattr(teacher, "build_cache", lambda *args: cache)
     plain = dataclasses.replace(recipe, drop_patches=0.0)
     whole = teacher.train_teacher(dataclasses.replace(plain, output_dir=str(tmp_path / "whole")))

@@ -49,6 +49,8 @@ class MultiScaleQuantizer(nn.Module):
         scales: grid sides, rising; the last is the final grid.
         drop: probability that a training step skips one scale, never the first (code: 0.1).
         usage_window: recent indices that each scale's usage figure looks at.
+        restart_dead_codes: in training, once in a usage window of the quantizer, move the codes that it did
+            not see to random inputs of the current batch.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class MultiScaleQuantizer(nn.Module):
         scales: Sequence[int],
         drop: float = 0.0,
         usage_window: int = 131072,
+        restart_dead_codes: bool = False,
     ):
         super().__init__()
         self.quantizer = quantizer
         self.scales = list(scales)
         self.drop = drop
+        self.restart_dead_codes = restart_dead_codes
         self.scale_usage = nn.ModuleList(CodeUsage(usage_window) for _ in scales)
 
     def forward(self, h: Tensor, dropped: int | None = None) -> MultiScaleOutput:
@@ -73,6 +77,7 @@ class MultiScaleQuantizer(nn.Module):
         if self.quantizer.wants_initialization:
             pooled = [reduce_area(h, s).flatten(2).transpose(1, 2).flatten(0, 1) for s in self.scales]
             self.quantizer.initialize(torch.cat(pooled))
+        windows = self.quantizer.usage.windows
         residual, total = h, torch.zeros_like(h)
         inputs, indices, losses = [], [], []
         for position, side in enumerate(self.scales):
@@ -87,6 +92,9 @@ class MultiScaleQuantizer(nn.Module):
             losses.append(out.losses)
             if self.training:
                 cast(CodeUsage, self.scale_usage[position]).update(out.indices)
+        if self.training and self.restart_dead_codes and self.quantizer.usage.windows > windows:
+            vectors = [x.detach().flatten(2).transpose(1, 2).flatten(0, 1) for x in inputs]
+            self.quantizer.restart_dead(torch.cat(vectors))
         mean_losses = {key: torch.stack([step[key] for step in losses]).mean() for key in losses[0]}
         return MultiScaleOutput(total, torch.cat(indices, dim=1), mean_losses, inputs)
 

@@ -52,12 +52,22 @@ class CodeUsage(nn.Module):
         self.recent[slots] = new
         self.seen += len(new)
 
-    def fraction(self, codebook_size: int) -> float:
-        """Distinct recent codes over min(codebook size, indices in the window)."""
+    @property
+    def windows(self) -> int:
+        """How many whole windows have passed."""
+        return int(self.seen) // len(self.recent)
+
+    def used(self, codebook_size: int) -> Tensor:
+        """Which codes the window holds, `[codebook_size]` bool."""
         held = self.recent[self.recent >= 0].long()
         used = torch.zeros(codebook_size, dtype=torch.bool, device=held.device)
         used[held] = True
-        return used.sum().item() / max(1, min(codebook_size, len(held)))
+        return used
+
+    def fraction(self, codebook_size: int) -> float:
+        """Distinct recent codes over min(codebook size, indices in the window)."""
+        held = int((self.recent >= 0).sum())
+        return self.used(codebook_size).sum().item() / max(1, min(codebook_size, held))
 
 
 class SharedMappingQuantizer(nn.Module):
@@ -253,6 +263,23 @@ class SharedMappingQuantizer(nn.Module):
         if self.update == "ema":
             self.cluster_size.copy_(bins)
         self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def restart_dead(self, vectors: Tensor) -> None:
+        """Move the codes that the usage window does not hold to random rows of `[N, D]`; at most N of them.
+
+        All processes move the same codes to the first process's vectors.
+        """
+        dead = (~self.usage.used(self.codebook_size)).nonzero().squeeze(1)
+        rows = torch.randperm(len(vectors), device=vectors.device)[: len(dead)]
+        fresh = self.normalize(vectors.float())[rows]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(fresh, src=0)
+        codes = self.codes().detach().clone()
+        codes[dead[: len(fresh)]] = fresh
+        self._set_codes(codes)
+        if self.update == "ema":
+            self.cluster_size[dead[: len(fresh)]] = 0
 
     @torch.no_grad()
     def _ema_step(self, vectors: Tensor, indices: Tensor) -> None:

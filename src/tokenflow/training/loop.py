@@ -49,6 +49,7 @@ from tokenflow.training.tokenizer import (
     build_config,
     build_losses,
     build_model,
+    build_optimizer,
     build_teacher,
     parse_source,
     pixel_networks,
@@ -115,8 +116,11 @@ class Trainer:
 
         # 1. model, losses, optimizers
         config = build_config(recipe.model)
-        if accelerator.is_fsdp2 and (config.codebook_update, config.codebook_init) != ("gradient", "uniform"):
-            raise UserError("FSDP2 shards the codebooks, so they learn by gradient from a uniform start only")
+        plain = (config.codebook_update, config.codebook_init) == ("gradient", "uniform")
+        if accelerator.is_fsdp2 and (not plain or config.restart_dead_codes):
+            raise UserError(
+                "FSDP2 shards the codebooks, so they learn by gradient from a uniform start, without restarts"
+            )
         teacher = build_teacher(recipe.model, config)
         self.model = build_model(recipe.model, config, teacher)
         losses = build_losses(recipe, config, teacher)
@@ -248,7 +252,7 @@ class Trainer:
     def set_learning_rate(self) -> None:
         o, factor = self.recipe.optimizer, lr_factor(self.step, self.recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * (o.muon_lr if group.get("muon") else o.lr)
+            group["lr"] = factor * ((o.muon_lr or 0.0) if group.get("muon") else o.lr)
         if self.discriminator is not None:
             for group in self.discriminator_optimizer.param_groups:
                 group["lr"] = (o.lr if o.discriminator_lr is None else o.discriminator_lr) * factor

@@ -35,6 +35,8 @@ class ModelRecipe:
     """where codes start, if not as the preset says; kmeans: centres of the first batch"""
     codebook_update: Literal["gradient", "ema"] | None = None
     """how codes learn, if not as the preset says"""
+    restart_dead_codes: bool | None = None
+    """move unused codes to where vectors are, if not as the preset says"""
 
     teacher: str | None = None
     """transformers folder or hub name of the frozen teacher; needed where the semantic loss has a weight"""
@@ -70,6 +72,8 @@ class OptimizerRecipe:
 
     lr: float = 1e-4
     """the full learning rate, after warm-up"""
+    muon_lr: float | None = None
+    """Muon instead of Adam for linear layers and convolutions, at this full rate (in Adam's units)"""
     discriminator_lr: float | None = None
     """None: as `lr`"""
     betas: tuple[float, float] = (0.9, 0.95)

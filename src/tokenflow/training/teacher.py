@@ -32,6 +32,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from tokenflow.errors import UserError
 from tokenflow.files import atomic_write
 from tokenflow.training.classifier import EfficientNetLite, load_classifier
+from tokenflow.training.muon import MuonAdamW, muon_groups
 from tokenflow.training.teacher_cache import Source, TeacherCache, build_cache, read_pack, read_square
 from tokenflow.training.teacher_recipe import TeacherRecipe
 
@@ -185,10 +186,10 @@ class Batches:
         return mine, source.texts[:, which], positives
 
 
-def learning_rate(recipe: TeacherRecipe, step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine to zero over `progress` in [0, 1] of the run."""
+def learning_rate_share(recipe: TeacherRecipe, step: int, progress: float) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine to zero over `progress` in [0, 1] of the run."""
     warmup = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
-    return recipe.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 @torch.no_grad()
@@ -278,14 +279,14 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
     sample = np.random.default_rng(recipe.seed).choice(len(cache.images), min(512, len(cache.images)), False)
     pixels = torch.from_numpy(cache.images[np.sort(sample)]).float() / 127.5 - 1
     whiten_patch_embedding(objective.model, pixels)
-    decayed = [p for p in objective.parameters() if p.ndim > 1]
-    other = [p for p in objective.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
+    groups = muon_groups(
+        objective,
+        recipe.hidden_learning_rate,
+        recipe.learning_rate,
+        recipe.weight_decay,
+        adamw=("patch_embedding", "visual_projection", "feature_head"),
     )
+    optimizer = MuonAdamW(groups, betas=(0.9, 0.98), fused=True)
     ema = copy.deepcopy(objective.model).requires_grad_(False)
     step, elapsed_before = 0, 0.0
     checkpoint = output / "checkpoint.pt"
@@ -333,9 +334,9 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
         loss = sum((weights[name] * losses[name] for name in losses), torch.zeros(()))
         accelerator.backward(loss)
         norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.max_grad_norm)
-        rate = learning_rate(recipe, step, progress)
+        share = learning_rate_share(recipe, step, progress)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak_lr"] * share
         if torch.isfinite(norm):  # gradients are already averaged: every process decides alike
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -352,7 +353,7 @@ def train_teacher(recipe: TeacherRecipe) -> Path:
                 "step": step,
                 "minutes": round(elapsed / 60, 2),
                 "images_per_second": round(images / (now - logged), 1),
-                "learning_rate": rate,
+                "learning_rate": recipe.learning_rate * share,
                 "grad_norm": norm.item(),
                 **{name: round(value.item(), 4) for name, value in losses.items()},
                 "text_scale": objective.text_scale.exp().item(),

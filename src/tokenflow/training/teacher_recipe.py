@@ -36,7 +36,8 @@ class TeacherRecipe:
     batch_size: int = 32  # per process; steps count for more than large batches here
     steps: int = 20_000
     max_minutes: float | None = None  # the cosine schedule ends at `steps` or here, whichever comes first
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of AdamW: embeddings, projection, heads, norms, biases
+    hidden_learning_rate: float = 3e-3  # of Muon: the matrices of the layers, scaled to AdamW's update size
     weight_decay: float = 0.05
     warmup_steps: int = 60
     max_grad_norm: float = 1.0

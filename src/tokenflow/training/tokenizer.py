@@ -23,7 +23,8 @@ from tokenflow.tokenizer.modeling import PixelFlowDecoder, TokenFlowModel
 from tokenflow.tokenizer.pixel import PixelDecoder, PixelEncoder
 from tokenflow.tokenizer.semantic import SemanticEncoder, SemanticTeacher, load_tower
 from tokenflow.training.losses import TokenizerLoss, build_tokenizer_loss
-from tokenflow.training.recipe import ModelRecipe, TrainRecipe
+from tokenflow.training.muon import MuonAdamW, muon_groups
+from tokenflow.training.recipe import ModelRecipe, OptimizerRecipe, TrainRecipe
 
 SHARDED_BLOCKS = {
     "Block",
@@ -64,6 +65,7 @@ def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
         "entropy_weight",
         "codebook_init",
         "codebook_update",
+        "restart_dead_codes",
     ):
         if getattr(recipe, key) is not None:
             values[key] = getattr(recipe, key)
@@ -116,6 +118,21 @@ def build_model(
         if teacher is None or name != "semantic":
             decoder.requires_grad_(False)  # no loss would reach it
     return model
+
+
+def build_optimizer(model: TokenFlowModel, recipe: OptimizerRecipe, sharded: bool) -> torch.optim.Optimizer:
+    """AdamW over what is trained, or with a `muon_lr` Muon for its linear layers and convolutions.
+
+    Raises:
+        UserError: Muon with parameters that FSDP2 shards: it needs whole matrices.
+    """
+    options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": True}
+    if recipe.muon_lr is None:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr, **options)
+    if sharded:
+        raise UserError("muon_lr needs whole matrices, which FSDP2 shards: train with DDP or without muon_lr")
+    stems = ("patch_embedding", "conv_in")  # they read pixels
+    return MuonAdamW(muon_groups(model, recipe.muon_lr, recipe.lr, recipe.weight_decay, stems), **options)
 
 
 def build_losses(
