@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenflow.tokenizer.configuration import TokenFlowConfig
     from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
     from tokenflow.tokenizer.modeling import TokenFlowModel
+    from tokenflow.understanding.ask import ask
 
 __version__ = "0.1.0"
 
@@ -35,10 +36,12 @@ __all__ = [
     "TokenFlowModel",
     "TokenFlowTextToImageConfig",
     "UserError",
+    "ask",
     "bundled_path",
 ]
 
 _LAZY = {
+    "ask": "tokenflow.understanding.ask",
     "TextToImagePipeline": "tokenflow.generation.pipeline",
     "TokenFlowConfig": "tokenflow.tokenizer.configuration",
     "TokenFlowForTextToImage": "tokenflow.generation.modeling",

@@ -1,0 +1,126 @@
+"""Questions about images: one call, or a conversation in which each image is encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tokenflow.data.images import read_image
+from tokenflow.errors import UserError
+
+Picture = Image.Image | str | Path
+MAX_NEW_TOKENS = 128
+
+
+def ask(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    images: Picture | Sequence[Picture],
+    question: str,
+    **generate_kwargs: Any,
+) -> str:
+    """Answer a question about images (Sec. 3.4).
+
+        model, processor = tokenflow.understanding.load("my-chat-model")
+        ask(model, processor, "photo.jpg", "What is in the picture?")
+
+    Args:
+        model, processor: a LLaVA with a TokenFlow tower; see `load` and `assemble`.
+        images: one picture or several, as PIL images or files. None at all is a question without picture.
+        question: plain text. Special tokens in it, `<image>` among them, are read as text.
+        generate_kwargs: as `model.generate` takes them. The default is the likeliest answer
+            (`do_sample=False`) of at most 128 tokens.
+
+    Returns:
+        The answer.
+
+    Raises:
+        UserError: an empty question; question, images and answer exceed the model's context; a processor
+            without chat template.
+        ImageError: a file that is no picture.
+    """
+    return Conversation(model, processor).ask(question, images, **generate_kwargs)
+
+
+class Conversation:
+    """Questions and answers in turn; images may join at any turn, and each is encoded once.
+
+    Attributes:
+        messages: the turns so far, as `apply_chat_template` takes them.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+        if processor.chat_template is None:
+            raise UserError("the processor has no chat template; see tokenflow.understanding.chat_template")
+        self.model, self.processor = model, processor
+        self.messages: list[dict[str, Any]] = []
+        self.features: list[Tensor] = []
+
+    @torch.inference_mode()
+    def ask(self, question: str, images: Picture | Sequence[Picture] = (), **generate_kwargs: Any) -> str:
+        """The answer to `question`, which joins the conversation with it; arguments and errors as `ask`.
+
+        If it fails, the conversation is what it was before.
+        """
+        if not question.strip():
+            raise UserError("the question is empty; ask something about the image")
+        pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
+        features = self.features + self._encode(pictures)
+        content = [{"type": "image"}] * len(pictures)
+        content += [{"type": "text", "text": without_special_tokens(self.processor, question.strip())}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        inputs: dict[str, Any] = self._tokenize(messages, features)
+        options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generate_kwargs}
+        self._check_length(inputs["input_ids"].shape[1], len(features), options["max_new_tokens"])
+        if features:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
+        output = self.model.generate(**inputs, **options)  # type: ignore[misc]
+        new = output[0, inputs["input_ids"].shape[1] :]
+        answer = self.processor.decode(new, skip_special_tokens=True).strip()
+        # What the model wrote may spell a special token too.
+        said = [{"type": "text", "text": without_special_tokens(self.processor, answer)}]
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+        self.features = features
+        return answer
+
+    def _encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Projected features `[N, hidden]` of each picture."""
+        if not pictures:
+            return []
+        opened = [p if isinstance(p, Image.Image) else read_image(p) for p in pictures]
+        tower = self.model.model.vision_tower
+        pixels = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+        found = self.model.get_image_features(pixels.to(tower.device, tower.dtype), return_dict=True)
+        return list(found.pooler_output)
+
+    def _tokenize(self, messages: list[dict[str, Any]], features: list[Tensor]) -> dict[str, Tensor]:
+        token = self.processor.image_token
+        first, *rest = self.processor.apply_chat_template(messages, add_generation_prompt=True).split(token)
+        places = [token * len(feature) + text for feature, text in zip(features, rest, strict=True)]
+        tokenized = self.processor.tokenizer(first + "".join(places), return_tensors="pt")
+        return {key: tokenized[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+
+    def _check_length(self, given: int, images: int, answer: int) -> None:
+        context = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+        if given + answer > context:
+            pictures = f" with {images} image{'s' if images > 1 else ''}" if images else ""
+            raise UserError(
+                f"the conversation{pictures} has {given} tokens and the answer may take {answer}, but this "
+                f"model reads {context}: shorten the question, drop images or lower max_new_tokens"
+            )
+
+
+def without_special_tokens(processor: LlavaProcessor, text: str) -> str:
+    """`text` with a space inside whatever the tokenizer would read as a special token, such as `<image>`."""
+    specials = {*processor.tokenizer.all_special_tokens, processor.image_token}
+    specials |= {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    for token in sorted(specials, key=len, reverse=True):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
