@@ -72,13 +72,14 @@ class Conversation:
         if not question.strip():
             raise UserError("the question is empty; ask something about the image")
         pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
-        features = self.features + self._encode(pictures)
         content = [{"type": "image"}] * len(pictures)
         content += [{"type": "text", "text": without_special_tokens(self.processor, question.strip())}]
         messages = [*self.messages, {"role": "user", "content": content}]
-        inputs: dict[str, Any] = self._tokenize(messages, features)
+        images_so_far = len(self.features) + len(pictures)
+        inputs: dict[str, Any] = self._tokenize(messages, images_so_far)
         options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generate_kwargs}
-        self._check_length(inputs["input_ids"].shape[1], len(features), options["max_new_tokens"])
+        self._check_length(inputs["input_ids"].shape[1], images_so_far, options["max_new_tokens"])
+        features = self.features + self._encode(pictures)
         if features:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
         output = self.model.generate(**inputs, **options)  # type: ignore[misc]
@@ -100,11 +101,13 @@ class Conversation:
         found = self.model.get_image_features(pixels.to(tower.device, tower.dtype), return_dict=True)
         return list(found.pooler_output)
 
-    def _tokenize(self, messages: list[dict[str, Any]], features: list[Tensor]) -> dict[str, Tensor]:
+    def _tokenize(self, messages: list[dict[str, Any]], images: int) -> dict[str, Tensor]:
         token = self.processor.image_token
-        first, *rest = self.processor.apply_chat_template(messages, add_generation_prompt=True).split(token)
-        places = [token * len(feature) + text for feature, text in zip(features, rest, strict=True)]
-        tokenized = self.processor.tokenizer(first + "".join(places), return_tensors="pt")
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        if prompt.count(token) != images:
+            raise UserError(f"the chat template wrote {prompt.count(token)} {token} for {images} images")
+        prompt = prompt.replace(token, token * self.model.config.image_seq_length)
+        tokenized = self.processor.tokenizer(prompt, return_tensors="pt")
         return {key: tokenized[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
 
     def _check_length(self, given: int, images: int, answer: int) -> None:

@@ -77,7 +77,7 @@ def make_processor(
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is in both is saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     patch_size = config.image_size // config.grid

@@ -1,0 +1,156 @@
+"""What transformers' LLaVA must do with our tower: batches, several images, strategies, dtypes, saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, pipeline
+
+from tokenflow import TokenFlowImageProcessor, TokenFlowModel
+from tokenflow.errors import UserError
+from tokenflow.understanding import chat_template, load, make_processor
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+
+
+def user(text: str, images: int = 1) -> list[dict]:
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def prepare(processor, questions: list[list[dict]], pictures: list, **options):
+    texts = [processor.apply_chat_template(turns, add_generation_prompt=True) for turns in questions]
+    return processor(text=texts, images=pictures, return_tensors="pt", **options)
+
+
+@torch.no_grad()
+def test_rows_of_a_left_padded_batch_answer_as_they_do_alone(make_chat, pictures):
+    model, processor = make_chat()
+    questions = [user("What is it?"), user("Which colours do these two have?", images=2)]
+    batch = prepare(processor, questions, pictures, padding=True)
+    assert batch["attention_mask"][0, 0] == 0
+    together = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    for row, shown in ((0, pictures[:1]), (1, pictures[1:])):
+        alone = prepare(processor, [questions[row]], shown)
+        single = model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :]
+        assert together[row].tolist() == single.tolist()
+
+
+@torch.no_grad()
+def test_the_cache_changes_nothing(make_chat, pictures):
+    model, processor = make_chat()
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    cached = model.generate(**inputs, **GREEDY)
+    assert torch.equal(cached, model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "width"),
+    [("last", 16, 40), ("last-semantic", 16, 32), ("all", 21, 40), ("all-residual", 21, 40)],
+)
+@torch.no_grad()
+def test_input_strategies_by_configuration(strategy, count, width, make_chat, pictures, tmp_path):
+    model, processor = make_chat(feature_strategy=strategy)
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == count
+    assert model.config.image_seq_length == count
+    assert model.model.multi_modal_projector.linear_1.in_features == width
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, words = load(tmp_path, device="cpu")
+    assert again.config.vision_config.feature_strategy == strategy
+    torch.testing.assert_close(again(**prepare(words, [user("What is it?")], pictures[:1])).logits, expected)
+
+
+def test_a_saved_folder_is_read_by_transformers_alone(make_chat, pictures, tmp_path):
+    model, processor = make_chat()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is LlavaProcessor
+    assert type(again.image_processor) is TokenFlowImageProcessor
+    assert again.image_processor.resize_mode == "pad"
+    assert again.chat_template == processor.chat_template
+    assert again.tokenizer.padding_side == "left"
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert type(loaded.model.vision_tower) is TokenFlowModel
+    assert loaded.generation_config.suppress_tokens == list(range(320, 384))
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_the_pipeline_of_transformers(make_chat, pictures):
+    model, processor = make_chat()
+    answer = pipeline("image-text-to-text", model=model, processor=processor)
+    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": content}]
+    found = answer(text=turns, max_new_tokens=4, do_sample=False, return_full_text=False)
+    assert isinstance(found[0]["generated_text"], str)
+
+
+@torch.no_grad()
+def test_bf16_keeps_the_codes(make_chat, pictures, tmp_path):
+    model, processor = make_chat()
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    expected = model.model.vision_tower.encode(inputs["pixel_values"]).indices
+    model.save_pretrained(tmp_path)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for half in (loaded, model.bfloat16()):
+        tower = half.model.vision_tower
+        assert {p.dtype for p in tower.encoders.parameters()} == {torch.float32}
+        assert torch.equal(tower.encode(inputs["pixel_values"]).indices, expected)
+        assert half(**inputs).logits.dtype == torch.bfloat16
+        assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 5
+
+
+def test_tied_tables_stay_tied_and_the_image_token_is_never_said(make_chat, pictures):
+    model, processor = make_chat(text={"tie_word_embeddings": True})
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert len(model.lm_head.weight) == 384
+    torch.testing.assert_close(model.lm_head.weight[350], model.lm_head.weight[:320].mean(0))
+    with torch.no_grad():
+        model.lm_head.weight[processor.image_token_id] = 100.0  # by far the likeliest, if it were allowed
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    assert int(said.max()) < 320
+
+
+def test_a_table_with_room_does_not_grow(make_chat):
+    model, processor = make_chat(text={"vocab_size": 336})
+    assert model.config.text_config.vocab_size == 336
+    assert model.generation_config.suppress_tokens == [processor.image_token_id] == [320]
+
+
+def test_only_the_projector_and_the_language_model_learn(make_chat, pictures):
+    model, processor = make_chat()
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    learning = {name.split(".")[1] for name, value in model.named_parameters() if value.grad is not None}
+    assert learning == {"multi_modal_projector", "language_model", "weight"}
+
+
+def test_the_callers_tokenizer_is_left_alone(small_model_folder, words):
+    config = TokenFlowModel.from_pretrained(small_model_folder).config
+    processor = make_processor(words, config, template="plain")
+    assert processor.image_token_id == 320 == len(words)
+    with pytest.raises(UserError, match="unknown chat template 'qwen'; did you mean 'qwen_2_5'"):
+        chat_template("qwen")
+
+
+def test_answers_are_marked_for_training(make_chat):
+    _, processor = make_chat()
+    turns = [*user("What is it?"), {"role": "assistant", "content": "A boat."}]
+    found = processor.tokenizer.apply_chat_template(
+        turns, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [i for i, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+    assert processor.decode(marked) == "A boat.<|im_end|>"
+
+
+def test_models_that_answer_no_questions_are_refused(small_model_folder):
+    with pytest.raises(UserError, match="answers no questions: its config says 'tokenflow', not 'llava'"):
+        load(small_model_folder)
+    with pytest.raises(UserError, match="no model folder at /no/chat"):
+        load("/no/chat")
