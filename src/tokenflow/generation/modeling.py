@@ -196,7 +196,12 @@ class TokenFlowForTextToImage(PreTrainedModel):
 
     # training
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, codes: Tensor, text_loss: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        codes: Tensor,
+        text_loss: bool = False,
+        input_codes: Tensor | None = None,
     ) -> TextToImageOutput:
         """The training losses of Sec. 3.3: cross entropy over the full vocabulary.
 
@@ -205,6 +210,7 @@ class TokenFlowForTextToImage(PreTrainedModel):
             attention_mask: `[B, P]`, 0 at padding.
             codes: `[B, N]` integers in [0, K), the image's indices; closing marker and end token are added.
             text_loss: also learn the prompt's text. The first token of a row is never a target.
+            input_codes: `[B, N]`, what the model sees in place of `codes`, which it learns.
 
         Raises:
             UserError: shapes that do not fit, codes outside the codebook.
@@ -212,12 +218,13 @@ class TokenFlowForTextToImage(PreTrainedModel):
         self._check(input_ids, attention_mask, codes)
         input_ids, real = cut_padding(input_ids, attention_mask)
         codes = codes.long()
+        seen = codes if input_codes is None else input_codes.long()
         prefix, n = input_ids.shape[1], self.config.num_image_tokens
         closing = self._after_image(codes)
         x = torch.cat(
             [
                 self.model.embed_prefix(input_ids),
-                self.model.embed_scales(self.code_table.all_inputs(codes), first=1),
+                self.model.embed_scales(self.code_table.all_inputs(seen), first=1),
                 self.model.embed_after(closing[:, :-1]),
             ],
             dim=1,

@@ -108,14 +108,14 @@ class TextToImagePipeline(PushToHubMixin):
         name = resolve(name_or_path)
         if os.path.isdir(name) and not (Path(name) / IMAGE_TOKENIZER / "config.json").is_file():
             raise UserError(
-                f"{name} has no image tokenizer in {IMAGE_TOKENIZER}/; give the folder of a TextToImagePipeline"
+                f"{name} has no image tokenizer in {IMAGE_TOKENIZER}/; give a TextToImagePipeline's folder"
             )
         model = TokenFlowForTextToImage.from_pretrained(name, dtype=dtype, **kwargs)
         tokenizer = TokenFlowModel.from_pretrained(name, dtype=dtype, subfolder=IMAGE_TOKENIZER, **kwargs)
         return cls(model, AutoTokenizer.from_pretrained(name, **kwargs), tokenizer)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the folder that `from_pretrained` reads; `kwargs` go to the models (`max_shard_size`, ...)."""
+        """Write what `from_pretrained` reads; `kwargs` go to the models (`max_shard_size`, ...)."""
         inner = Path(save_directory) / IMAGE_TOKENIZER
         self.model.save_pretrained(save_directory, **kwargs)
         self.text_tokenizer.save_pretrained(save_directory)

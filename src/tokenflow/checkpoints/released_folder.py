@@ -1,0 +1,63 @@
+"""Reading the parts of a released language-model folder: configuration, weight files, text tokenizer.
+
+Nothing in the folder is trusted: names in an index stay inside the folder, weights go through `safe_load`, no
+code is run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenflow.checkpoints.safe_load import CheckpointError, read_state_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError, one line, if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON ({str(error)[:80]})"
+        raise CheckpointError(f"cannot read {file}: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return content
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: one file, or the shards that an index names; safetensors before .bin.
+
+    Raises:
+        CheckpointError: no weights, shards that are missing, a tensor that is in two of them or in none.
+    """
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(folder, index)
+        if (folder / name).is_file():
+            return read_state_dict(folder / name)[0]
+    raise CheckpointError(f"{folder} has no weights: none of {', '.join(_WEIGHTS)}, whole or with an index")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index} has no weight_map of file names")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder")
+        for key, tensor in read_state_dict(folder / name)[0].items():
+            if key in weights:
+                raise CheckpointError(f"{folder}: {key} is in two weight files, one of them {name}")
+            weights[key] = tensor
+    absent = sorted(places.keys() - weights.keys())
+    if absent:
+        raise CheckpointError(f"{folder}: {len(absent)} tensors of {index.name} are in no file: {absent[0]}")
+    return weights
