@@ -28,6 +28,7 @@ from tokenflow.evaluation.options import ReconstructionEval, SemanticsEval
 from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
 from tokenflow.recipes.teacher import TEACHER_RECIPES
+from tokenflow.recipes.text_to_image import GENERATION_RECIPES
 from tokenflow.training.text_to_image_recipe import TokenizeOptions
 
 # Packages that only some commands need, and the extra that brings each.
@@ -214,10 +215,19 @@ def _training(make: Callable[[], Any], start: Callable[[Any], int | None]) -> Ca
 def _train_tokenizer(recipe: Any) -> int:
     from tokenflow.training.loop import train_tokenizer
 
-    done = train_tokenizer(recipe)
+    return _report_training(train_tokenizer(recipe))
+
+
+def _report_training(done: Any) -> int:
     _say_once(f"step {done.step} (stopped by {done.stopped_by}); the model: {done.export}")
     # A stopped run must not look done to `train && eval`; the shell's codes are 130 and 143.
     return 128 + signal.Signals[done.stopped_by] if done.stopped_by in ("SIGINT", "SIGTERM") else 0
+
+
+def _train_text_to_image(recipe: Any) -> int:
+    from tokenflow.training.text_to_image import train_text_to_image
+
+    return _report_training(train_text_to_image(recipe))
 
 
 def _train_teacher(recipe: Any) -> None:
@@ -277,6 +287,9 @@ COMMANDS: dict[str, Any] = {
     "tokenize": tokenize,
     "train": {
         "tokenizer": {name: _training(make, _train_tokenizer) for name, make in RECIPES.items()},
+        "text-to-image": {
+            name: _training(make, _train_text_to_image) for name, make in GENERATION_RECIPES.items()
+        },
         "teacher": {name: _training(make, _train_teacher) for name, make in TEACHER_RECIPES.items()},
     },
     "eval": {"reconstruction": eval_reconstruction, "semantics": eval_semantics, "compare": eval_compare},

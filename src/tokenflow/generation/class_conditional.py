@@ -241,12 +241,15 @@ class TokenFlowForClassToImage(PreTrainedModel):
         self.code_table.take_from(tokenizer)
 
     # training
-    def forward(self, labels: Tensor, codes: Tensor) -> ClassToImageOutput:
+    def forward(
+        self, labels: Tensor, codes: Tensor, input_codes: Tensor | None = None
+    ) -> ClassToImageOutput:
         """Cross entropy of all scales at once; in training mode some labels are hidden.
 
         Args:
             labels: `[B]` int64 in [0, num_classes]; num_classes itself means "no class".
             codes: `[B, L]` integers in [0, K).
+            input_codes: `[B, L]`, what the model sees in place of `codes`, which it learns.
 
         Raises:
             UserError: shapes that do not fit, labels out of range, a model without code vectors.
@@ -260,7 +263,7 @@ class TokenFlowForClassToImage(PreTrainedModel):
             hidden = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
             labels = labels.masked_fill(hidden, self.config.num_classes)
         condition = self.embed_classes(labels)
-        features = self.code_table.all_inputs(codes)
+        features = self.code_table.all_inputs(codes if input_codes is None else input_codes.long())
         x = torch.cat([self.embed_start(condition), self.embed_scales(features, first=1)], dim=1)
         segments = [Segment(side * side, "scale") for side in self.config.scales]
         blocks = block_numbers(segments, x.device)
