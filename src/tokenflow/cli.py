@@ -157,20 +157,82 @@ def convert(
     *,
     image_size: int | None = None,
     wrapper: str | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Turn a released TokenFlow checkpoint into a loadable folder.
 
     Args:
-        file: The released .pt (or .safetensors) file; pickled code in it is refused, never run.
+        file: The released .pt (or .safetensors) file, or the folder of an understanding model; pickled code
+            in it is refused, never run.
         out: The folder to make.
         image_size: 224 or 256 for the CLIP layouts, which the file cannot tell apart.
         wrapper: The entry of the file with the weights: ema, model or state_dict, whichever comes first.
+        tokenizer: For a folder without a vision tower: the released tokenizer (or its converted folder).
     """
     from rich.console import Console
 
     from tokenflow.checkpoints.tokenizer import convert_tokenizer
 
+    if file.is_dir():
+        from tokenflow.checkpoints.understanding import convert_understanding
+
+        Console().print(convert_understanding(file, out, tokenizer))
+        return
     Console().print(convert_tokenizer(file, out, image_size, wrapper))
+
+
+def ask(
+    words: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ... QUESTION")]],
+    /,
+    *,
+    model: Model = "tokenflow-tiny-chat",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    json: bool = False,
+    device: str = "auto",
+) -> None:
+    """Answer a question about pictures.
+
+    Args:
+        words: Image files, and last the question, in quotes.
+        model: A bundled name, a folder, or a hub name.
+        max_new_tokens: The answer is cut off there.
+        temperature: 0 gives the likeliest answer; 1 samples as the model believes.
+        seed: Of the sampling.
+        json: Print one JSON object.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+    from tokenflow.understanding import console
+
+    options = {"model": model, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    console.ask_files(words, **options, as_json=json, device=device)  # type: ignore[arg-type]
+
+
+def chat(
+    images: Images = (),
+    /,
+    *,
+    model: Model = "tokenflow-tiny-chat",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Talk about pictures, question by question.
+
+    Args:
+        images: Image files to begin with; `/image FILE` shows more, `/new` starts over, `/quit` ends.
+        model: A bundled name, a folder, or a hub name.
+        max_new_tokens: Each answer is cut off there.
+        temperature: 0 gives the likeliest answer; 1 samples as the model believes.
+        seed: Of the sampling.
+        device: auto, cpu, cuda, cuda:1 ...
+    """
+    from tokenflow.understanding import console
+
+    options = {"model": model, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    console.chat(images, **options, device=device)  # type: ignore[arg-type]
 
 
 def eval_reconstruction(options: OmitArgPrefixes[ReconstructionEval]) -> None:
@@ -282,6 +344,8 @@ COMMANDS: dict[str, Any] = {
     "encode": encode,
     "decode": decode,
     "reconstruct": reconstruct,
+    "ask": ask,
+    "chat": chat,
     "info": info,
     "convert": convert,
     "tokenize": tokenize,
