@@ -214,3 +214,24 @@ def test_dead_codes_restart_once_in_a_window_of_training_only():
     for _ in range(4):
         q(h)
     assert torch.equal(single.codes(), after)
+
+
+def test_prefix_decoding_gives_some_images_the_sum_of_their_first_scales():
+    q = schedule((1, 2, 4)).train()
+    h = torch.randn(64, 6, 4, 4)
+    torch.manual_seed(1)
+    whole = q(h)
+    q.prefix_decoding = 0.5
+    torch.manual_seed(1)
+    some = q(h)
+    assert torch.equal(some.indices, whole.indices)
+    sums = torch.stack(q.partial_sums(whole.indices))  # [scales, B, D, 4, 4]
+    counts = Counter()
+    for image, expected in zip(some.quantized, sums.unbind(1), strict=True):
+        error = (image - expected).flatten(1).abs().amax(1)
+        assert error.min() < 1e-4
+        counts[int(error.argmin()) + 1] += 1
+    assert counts[3] > 32  # half of them, and a third of the others
+    assert counts[1] > 3
+    assert counts[2] > 3
+    torch.testing.assert_close(q.eval()(h).quantized, sums[-1], atol=1e-5, rtol=1e-5)

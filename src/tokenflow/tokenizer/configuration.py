@@ -175,6 +175,8 @@ class TokenFlowConfig(PreTrainedConfig):
         restart_dead_codes (`bool`): in training, codes that a whole usage window never chose move to random
             vectors of the batch (as in Jukebox, Dhariwal et al. 2020).
         scale_drop (`float`): probability that a training step skips one scale (never the first).
+        prefix_decoding (`float`): share of training images decoded from a random prefix of the scales, so
+            that the first scales alone give a picture (progressive decoding, streaming).
         usage_window (`int`): how many recent indices the usage figures look at.
         feature_strategy: what `forward` returns as a vision tower; the four rows of Tab. 8.
 
@@ -199,6 +201,7 @@ class TokenFlowConfig(PreTrainedConfig):
     ema_decay: float = 0.99
     restart_dead_codes: bool = False
     scale_drop: float = 0.1
+    prefix_decoding: float = 0.0
     usage_window: int = 131072
     feature_strategy: str = "last"
     hidden_size: int | None = None
@@ -247,7 +250,13 @@ class TokenFlowConfig(PreTrainedConfig):
     def _check(self) -> None:
         for key in ("image_size", "codebook_size", "usage_window"):
             check_number(key, getattr(self, key), 1)
-        highest = {"scale_drop": 1, "ema_decay": 1, "commitment_weight": inf, "entropy_weight": inf}
+        highest = {
+            "scale_drop": 1,
+            "prefix_decoding": 1,
+            "ema_decay": 1,
+            "commitment_weight": inf,
+            "entropy_weight": inf,
+        }
         for key, high in highest.items():
             check_number(key, getattr(self, key), 0, high, whole=False)
         for key, choices in (

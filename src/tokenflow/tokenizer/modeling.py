@@ -171,7 +171,12 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             config.usage_window,
         )
         self.quantizer = Quantizer(
-            single, config.scales, config.scale_drop, config.usage_window, config.restart_dead_codes
+            single,
+            config.scales,
+            config.scale_drop,
+            config.usage_window,
+            config.restart_dead_codes,
+            config.prefix_decoding,
         )
         self.pixel_decoder = None
         if decoder is not None:

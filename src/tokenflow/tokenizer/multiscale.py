@@ -51,6 +51,7 @@ class MultiScaleQuantizer(nn.Module):
         usage_window: recent indices that each scale's usage figure looks at.
         restart_dead_codes: in training, once in a usage window of the quantizer, move the codes that it did
             not see to random inputs of the current batch.
+        prefix_decoding: share of training images whose `quantized` map holds a random prefix of the scales.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class MultiScaleQuantizer(nn.Module):
         drop: float = 0.0,
         usage_window: int = 131072,
         restart_dead_codes: bool = False,
+        prefix_decoding: float = 0.0,
     ):
         super().__init__()
         self.quantizer = quantizer
         self.scales = list(scales)
         self.drop = drop
-        self.restart_dead_codes = restart_dead_codes
+        self.restart_dead_codes, self.prefix_decoding = restart_dead_codes, prefix_decoding
         self.scale_usage = nn.ModuleList(CodeUsage(usage_window) for _ in scales)
 
     def forward(self, h: Tensor, dropped: int | None = None) -> MultiScaleOutput:
@@ -77,7 +79,7 @@ class MultiScaleQuantizer(nn.Module):
         if self.quantizer.wants_initialization:
             pooled = [reduce_area(h, s).flatten(2).transpose(1, 2).flatten(0, 1) for s in self.scales]
             self.quantizer.initialize(torch.cat(pooled))
-        windows = self.quantizer.usage.windows
+        windows, kept = self.quantizer.usage.windows, self._draw_prefixes(h)
         residual, total = h, torch.zeros_like(h)
         inputs, indices, losses = [], [], []
         for position, side in enumerate(self.scales):
@@ -86,7 +88,7 @@ class MultiScaleQuantizer(nn.Module):
             inputs.append(reduce_area(residual, side))
             out = self.quantizer(inputs[-1])
             step = resize_up(out.quantized, self.scales[-1])
-            total = total + step
+            total = total + (step if kept is None else step * (kept > position))
             residual = residual - step.detach()
             indices.append(out.indices)
             losses.append(out.losses)
@@ -107,6 +109,14 @@ class MultiScaleQuantizer(nn.Module):
             choice = choice.to(next(self.parameters()).device)
             dist.broadcast(choice, src=0)
         return None if choice < 0 else int(choice)
+
+    def _draw_prefixes(self, h: Tensor) -> Tensor | None:
+        """How many scales of each image the decoders get, `[B, 1, 1, 1]`; None: all of all."""
+        if not (self.training and self.prefix_decoding):
+            return None
+        every, shape = len(self.scales), (len(h), 1, 1, 1)
+        some = torch.randint(1, every + 1, shape, device=h.device)
+        return torch.where(torch.rand(shape, device=h.device) < self.prefix_decoding, some, every)
 
     # from indices alone
     def prefix_scales(self, num_tokens: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Muon for the matrices inside a network, AdamW for everything else, as one optimizer.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix. `torch.optim.Muon`
-does so for 2-D parameters only; here a convolution counts as the matrix of its filters, and one optimizer holds
-both kinds, so that checkpoints, clipping and schedules see a single one. In this project's small networks it
-needed about half as many images as AdamW (docs/training-log.md).
+does so for 2-D parameters only; here a convolution counts as the matrix of its filters, and one optimizer
+holds both kinds, so that checkpoints, clipping and schedules see a single one. In this project's small
+networks it needed about half as many images as AdamW (docs/training-log.md).
 """
 
 from __future__ import annotations

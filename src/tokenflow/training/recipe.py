@@ -37,6 +37,8 @@ class ModelRecipe:
     """how codes learn, if not as the preset says"""
     restart_dead_codes: bool | None = None
     """move unused codes to where vectors are, if not as the preset says"""
+    prefix_decoding: float | None = None
+    """share of images decoded from a random prefix of the scales, if not the preset's"""
 
     teacher: str | None = None
     """transformers folder or hub name of the frozen teacher; needed where the semantic loss has a weight"""

@@ -66,6 +66,7 @@ def build_config(recipe: ModelRecipe) -> TokenFlowConfig:
         "codebook_init",
         "codebook_update",
         "restart_dead_codes",
+        "prefix_decoding",
     ):
         if getattr(recipe, key) is not None:
             values[key] = getattr(recipe, key)
