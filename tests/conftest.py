@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from small_model import save_small_model
+from small_pipeline import save_small_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,9 @@ def small_model_folder(tmp_path_factory) -> Path:
 def other_model_folder(tmp_path_factory) -> Path:
     """The same architecture with other weights: its tokens mean something else."""
     return save_small_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def small_pipeline_folder(tmp_path_factory, small_model_folder) -> Path:
+    """Folder of the small text-to-image pipeline, around the small model."""
+    return save_small_pipeline(tmp_path_factory.mktemp("models") / "small-t2i", small_model_folder)

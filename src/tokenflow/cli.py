@@ -24,7 +24,8 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from tokenflow import __version__
 from tokenflow.errors import UserError
-from tokenflow.evaluation.options import ReconstructionEval, SemanticsEval
+from tokenflow.evaluation.options import GenerationEval, ReconstructionEval, SemanticsEval
+from tokenflow.generation.options import GenerateOptions
 from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
 from tokenflow.recipes.teacher import TEACHER_RECIPES
@@ -162,23 +163,35 @@ def convert(
     """Turn a released TokenFlow checkpoint into a loadable folder.
 
     Args:
-        file: The released .pt (or .safetensors) file, or the folder of an understanding model; pickled code
-            in it is refused, never run.
+        file: The released .pt (or .safetensors) file, or the folder of a text-to-image or understanding
+            model; pickled code in it is refused, never run.
         out: The folder to make.
         image_size: 224 or 256 for the CLIP layouts, which the file cannot tell apart.
         wrapper: The entry of the file with the weights: ema, model or state_dict, whichever comes first.
-        tokenizer: For a folder without a vision tower: the released tokenizer (or its converted folder).
+        tokenizer: For a folder without an image tokenizer: the released file (or its converted folder).
     """
     from rich.console import Console
 
     from tokenflow.checkpoints.tokenizer import convert_tokenizer
 
     if file.is_dir():
+        from tokenflow.checkpoints.text_to_image import convert_text_to_image, is_text_to_image_folder
         from tokenflow.checkpoints.understanding import convert_understanding
 
-        Console().print(convert_understanding(file, out, tokenizer))
+        if is_text_to_image_folder(file):
+            Console().print(convert_text_to_image(file, out, tokenizer, image_size))
+        else:
+            Console().print(convert_understanding(file, out, tokenizer))
         return
     Console().print(convert_tokenizer(file, out, image_size, wrapper))
+
+
+def generate(options: OmitArgPrefixes[GenerateOptions]) -> None:
+    """Draw pictures from text."""
+    from tokenflow import drawing
+
+    pictures, notes = drawing.generate(options)
+    print(*pictures[:10], *(["..."] if len(pictures) > 10 else []), *notes, sep="\n")
 
 
 def ask(
@@ -245,6 +258,13 @@ def eval_reconstruction(options: OmitArgPrefixes[ReconstructionEval]) -> None:
 def eval_semantics(options: OmitArgPrefixes[SemanticsEval]) -> None:
     """Measure what tokens know: k-NN, linear probe and zero-shot accuracy."""
     from tokenflow.evaluation.semantics import run
+
+    _print_result(run(options))
+
+
+def eval_generation(options: OmitArgPrefixes[GenerationEval]) -> None:
+    """Measure whether drawn pictures show what was asked for."""
+    from tokenflow.evaluation.generation import run
 
     _print_result(run(options))
 
@@ -344,6 +364,7 @@ COMMANDS: dict[str, Any] = {
     "encode": encode,
     "decode": decode,
     "reconstruct": reconstruct,
+    "generate": generate,
     "ask": ask,
     "chat": chat,
     "info": info,
@@ -356,7 +377,12 @@ COMMANDS: dict[str, Any] = {
         },
         "teacher": {name: _training(make, _train_teacher) for name, make in TEACHER_RECIPES.items()},
     },
-    "eval": {"reconstruction": eval_reconstruction, "semantics": eval_semantics, "compare": eval_compare},
+    "eval": {
+        "reconstruction": eval_reconstruction,
+        "semantics": eval_semantics,
+        "generation": eval_generation,
+        "compare": eval_compare,
+    },
 }
 
 

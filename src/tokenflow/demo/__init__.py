@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tokenflow.bundled import resolve
 from tokenflow.codec import Loaded, check_writable, image_paths, load
 from tokenflow.data.images import read_image
+from tokenflow.demo.gallery import Gallery
 from tokenflow.evaluation.reconstruction import psnr, to_uint8
 from tokenflow.evaluation.semantics import read_class_embeddings
 
@@ -62,6 +63,7 @@ class Demonstration:
         class_count: how many class names the nearest ones were chosen from.
         two_meanings: the model has semantic and pixel flows.
         seconds: to encode and decode one picture, the median.
+        gallery: pictures from text; None where there is no model for that.
     """
 
     shown: list[Shown]
@@ -73,6 +75,7 @@ class Demonstration:
     class_count: int
     two_meanings: bool
     seconds: float
+    gallery: Gallery | None = None
 
     @property
     def token_count(self) -> int:

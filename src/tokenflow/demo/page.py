@@ -12,6 +12,7 @@ from string import Template
 from PIL import Image
 
 from tokenflow.demo import SAMPLES, Demonstration, Shown
+from tokenflow.demo.gallery import Gallery
 from tokenflow.files import atomic_write
 
 TEMPLATE = Path(__file__).parent / "page.html"
@@ -41,6 +42,7 @@ def write_page(found: Demonstration, path: Path) -> None:
         meanings="" if found.two_meanings else "hidden",
         semantic="" if found.class_count else "hidden",
         cards="\n".join(_card(found, shown) for shown in found.shown),
+        gallery="" if found.gallery is None else _gallery(found.gallery),
         credits="" if {shown.name for shown in found.shown} <= known else "hidden",
     )
     with atomic_write(path) as temporary:
@@ -76,6 +78,35 @@ def _card(found: Demonstration, shown: Shown) -> str:
 </div>
 <div class="steps">{"".join(steps)}</div>
 </article>"""
+
+
+def _gallery(gallery: Gallery) -> str:
+    rows = []
+    for prompt, pictures in zip(gallery.prompts, gallery.pictures, strict=True):
+        figures = "".join(
+            f"<figure>{_img(picture, f'{prompt}, seed {seed}')}</figure>"
+            for seed, picture in zip(gallery.seeds, pictures, strict=True)
+        )
+        rows.append(f"<div><h3>{escape(prompt)}</h3><div class='seeds'>{figures}</div></div>")
+    steps, count = [], 0
+    for side, picture in zip(gallery.scales, gallery.stages, strict=True):
+        count += side * side
+        steps.append(
+            f"<figure>{_img(picture, f'{gallery.prompts[0]}, first {count} tokens')}"
+            f"<figcaption><b>{count}</b> token{'s' if count > 1 else ''}</figcaption></figure>"
+        )
+    return f"""<section>
+<h2>Pictures from text</h2>
+<p>The model <code>{escape(gallery.model)}</code> reads a line of text and writes the tokens of a picture,
+one grid after the other; the same decoder turns them into pixels. Each row shows one prompt from
+{len(gallery.seeds)} seeds, nothing left out; a picture took {gallery.seconds:.1f} s on this machine.
+<code>tokenflow generate "{escape(gallery.prompts[0])}" -o pictures</code> draws more.</p>
+<article class="gallery">{"".join(rows)}</article>
+<article>
+<h2>{escape(gallery.prompts[0])}, grid by grid</h2>
+<div class="growing">{"".join(steps)}</div>
+</article>
+</section>"""
 
 
 def _token_grid(found: Demonstration, shown: Shown, scale: int) -> str:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tokenflow.data.images import save_image
 from tokenflow.demo import Demonstration, Shown
+from tokenflow.demo.gallery import Gallery
 
 CELL, GAP, MARGIN, HEADER, CAPTION = 128, 10, 24, 64, 26
 INK, GREY = (24, 28, 36), (110, 116, 128)
@@ -18,6 +19,9 @@ def write_sheet(found: Demonstration, path: Path) -> None:
     columns = 2 + len(found.scales)
     width = 2 * MARGIN + columns * (CELL + GAP) + GAP  # one gap more sets the last two columns apart
     height = HEADER + len(found.shown) * (CELL + CAPTION + GAP) + MARGIN
+    drawn = None if found.gallery is None else gallery_rows(found.gallery, columns)
+    if drawn is not None:
+        height += HEADER + len(drawn) * (CELL + CAPTION + GAP)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     side = found.scales[-1]
@@ -32,7 +36,33 @@ def write_sheet(found: Demonstration, path: Path) -> None:
             resample = Image.Resampling.NEAREST if column == columns - 1 else Image.Resampling.BICUBIC
             sheet.paste(picture.resize((CELL, CELL), resample), (_left(column, columns), top))
         draw.text((MARGIN, top + CELL + 5), _caption(shown), GREY, _font(14))
+    if found.gallery is not None and drawn is not None:
+        top = HEADER + len(found.shown) * (CELL + CAPTION + GAP)
+        title = f"pictures from text, drawn by {found.gallery.model}"
+        draw.text((MARGIN, top + HEADER - 12), title, INK, _font(18), anchor="ls")
+        for row, cells in enumerate(drawn):
+            below = top + HEADER + row * (CELL + CAPTION + GAP)
+            for column, (picture, caption) in cells.items():
+                left = MARGIN + column * (CELL + GAP)
+                sheet.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, below))
+                draw.text((left, below + CELL + 5), caption, GREY, _font(14))
     save_image(sheet, path, optimize=True)
+
+
+def gallery_rows(gallery: Gallery, columns: int) -> list[dict[int, tuple[Image.Image, str]]]:
+    """Where the gallery's pictures and their captions go: a row of the growing picture, then the prompts, as
+    many beside each other as fit; a dict of column -> picture and caption a row."""
+    rows: list[dict[int, tuple[Image.Image, str]]] = [
+        {k: (picture, _tokens_so_far(gallery.scales, k + 1)) for k, picture in enumerate(gallery.stages)}
+    ]
+    width = len(gallery.seeds)
+    beside = max(1, columns // width)
+    for place, (prompt, pictures) in enumerate(zip(gallery.prompts, gallery.pictures, strict=True)):
+        if place % beside == 0:
+            rows.append({})
+        for i, picture in enumerate(pictures):
+            rows[-1][place % beside * width + i] = (picture, "" if i else prompt)
+    return rows
 
 
 def token_map(found: Demonstration, shown: Shown, scale: int) -> Image.Image:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,11 @@ from tqdm import tqdm
 from tokenflow.data.loader import iterate_eval
 from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
-from tokenflow.evaluation import pictures
-from tokenflow.evaluation.judges import Judges, frechet, hits, image_vectors, pooled_features
+from tokenflow.evaluation import pictures, report
+from tokenflow.evaluation.judges import Judges, frechet, hits, image_vectors, load_judges, pooled_features
+from tokenflow.evaluation.options import GenerationEval
 from tokenflow.evaluation.reconstruction import to_uint8, to_unit_range
+from tokenflow.generation.sampler import SamplingSettings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -270,3 +273,57 @@ def sheet(rows: Rows, shown: dict[str, Tensor], count: int = SHEET_ROWS) -> Imag
     ]
     titles = [name.removeprefix("real, ") for name in columns]
     return contact_sheet(lines, rows.prompts[: len(lines)], titles, cell=max(128, rows.pictures.shape[-1]))
+
+
+def run(options: GenerationEval) -> report.Result:
+    """What `tokenflow eval generation` does: load, draw, judge, write JSON and sheet where asked. Prints
+    nothing but progress."""
+    from tokenflow.codec import check_writable
+    from tokenflow.data.images import save_image
+    from tokenflow.drawing import load_pipeline
+
+    for path in (options.out, options.sheet):
+        if path is not None:
+            check_writable(path)
+    SamplingSettings(options.guidance_scale)
+    started = time.perf_counter()
+    pipe = load_pipeline(options.model, device=options.device)
+
+    def generate(prompts: list[str], labels: Tensor | None, seeds: list[int], strategy: Strategy) -> Tensor:
+        sampling = {
+            "guidance_scale": options.guidance_scale,
+            "top_k": strategy.top_k,
+            "top_p": strategy.top_p,
+        }
+        codes = pipe(prompts, seed=seeds, output_type="codes", **sampling).codes
+        return to_uint8(pipe.tokenizer.decode_pixels(pipe.tokenizer.quantized_from_indices(codes)))
+
+    side = pipe.tokenizer.config.image_size
+    rows, fingerprint = read_rows(Source(options.data, split=options.split), side, options.limit)
+    judges = load_judges(options, rows.prompts, side, pipe.device)
+    with torch.inference_mode():
+        metrics, shown = evaluate_generation(
+            generate,
+            pipe.tokenizer,
+            rows,
+            judges,
+            ablation=options.ablation,
+            seed=options.seed,
+            batch_size=options.batch_size,
+        )
+    name = f"{options.model}, guidance {options.guidance_scale:g}"
+    about = report.model_fingerprint(torch.nn.ModuleList([pipe.model, pipe.tokenizer]), name)
+    result = {
+        "kind": "generation",
+        "metrics": metrics,
+        "fingerprint": fingerprint | judges.settings | {"seed": options.seed, "backend": pipe.device.type},
+        "model": about,
+        "sampling": {"guidance_scale": options.guidance_scale, "strategy": str(BEST)},
+        "command": report.command_line(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if options.out is not None:
+        report.write(result, options.out)
+    if options.sheet is not None:
+        save_image(sheet(rows, shown), options.sheet, optimize=True)
+    return result

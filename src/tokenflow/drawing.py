@@ -1,0 +1,374 @@
+"""Prompts to picture files: the work of `tokenflow generate`.
+
+A picture carries in its PNG metadata how it was made, as JSON under "tokenflow": it can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from tokenflow import __version__
+from tokenflow.codec import check_writable, first_line, place, spare_inputs
+from tokenflow.data.contact_sheet import contact_sheet
+from tokenflow.data.images import read_image, save_image
+from tokenflow.errors import UserError
+from tokenflow.generation.options import GenerateOptions
+from tokenflow.generation.sampler import KnownTokens, SamplingSettings
+
+if TYPE_CHECKING:
+    from tokenflow.generation.pipeline import TextToImagePipeline
+
+METADATA = "tokenflow"
+MOST_CHARACTERS = 100_000  # of a prompt: all but the first few hundred are cut off anyway
+MOST_PICTURES = 100_000  # of one run
+MOST_SHEET_PIXELS = 50_000_000
+STEPS = {1: ((1200,), (0.8,)), 2: ((1200, 1), (0.8, 0.0)), 3: ((1200, 100, 1), (0.8, 0.8, 0.0))}  # Tab. 6
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How one picture is made: all that its metadata hold.
+
+    Attributes:
+        known_codes, known_mask: the codes that were given (variation, in-painting), row-major, scales in
+            order; the mask is 1 where a code was given. Both empty for a picture from text alone.
+    """
+
+    prompt: str
+    seed: int
+    model: str
+    guidance_scale: float
+    top_k: tuple[int, ...]
+    top_p: tuple[float, ...]
+    temperature: float
+    negative_prompt: str | None
+    dtype: str
+    known_codes: tuple[int, ...] = ()
+    known_mask: tuple[int, ...] = ()
+
+
+def read_prompts(text: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a UTF-8 file, one a line.
+
+    Raises:
+        UserError: none at all, an empty or unreadable one, a file that is missing or not UTF-8.
+    """
+    prompts = list(text)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"prompt {number} is empty; say what to draw")
+    if file is not None:
+        prompts += _lines(file)
+    if not prompts:
+        raise UserError('no prompts given; write at least one, such as "a photo of a daisy"')
+    for prompt in prompts:
+        if len(prompt) > MOST_CHARACTERS:
+            raise UserError(f"a prompt has {len(prompt):,} characters; the most is {MOST_CHARACTERS:,}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {prompt!r:.80} is not valid UTF-8 text") from error
+    return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read prompts {file}: {error.strerror}") from error
+    try:
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"prompts {file}: line {line} is not UTF-8; save the file as UTF-8") from error
+    if not any(lines):
+        raise UserError(f"prompts {file}: no prompt in it; write one a line")
+    return [line for line in lines if line]
+
+
+def sampling(options: GenerateOptions) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """`top_k` and `top_p` of each pass, from the three options that decide them.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    given = {
+        "--steps-per-scale": options.steps_per_scale,
+        "--top-k": None if options.top_k is None else len(options.top_k),
+        "--top-p": None if options.top_p is None else len(options.top_p),
+    }
+    passes = {name: count for name, count in given.items() if count is not None}
+    if len(set(passes.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in passes.items())
+        raise UserError(f"these say different numbers of passes: {said}; give one number a pass in each")
+    steps = next(iter(passes.values()), 3)
+    if steps < 1:
+        raise UserError(f"--steps-per-scale must be at least 1, got {steps}")
+    if steps not in STEPS and (options.top_k is None or options.top_p is None):
+        raise UserError(f"{steps} passes a scale need both --top-k and --top-p, {steps} numbers each")
+    top_k, top_p = STEPS.get(steps, ((), ()))
+    return options.top_k or top_k, options.top_p or top_p
+
+
+# metadata
+def write_picture(picture: Image.Image, path: Path, drawing: Drawing) -> None:
+    """Save a PNG that says how it was made. Raises UserError where it cannot be written."""
+    info = PngInfo()
+    info.add_itxt("Description", drawing.prompt)
+    info.add_itxt(METADATA, json.dumps({"version": __version__, **asdict(drawing)}, ensure_ascii=False))
+    save_image(picture, path, pnginfo=info, optimize=True)
+
+
+def read_drawing(path: Path) -> Drawing:
+    """How a picture of this command was made; nothing in the file is trusted.
+
+    Raises:
+        UserError: no PNG, or one without (sound) metadata.
+    """
+    read_image(path)  # says what is wrong with a picture that cannot be read
+    with Image.open(path) as image:
+        image.load()  # text may follow the pixels
+        text = image.text.get(METADATA) if isinstance(image, PngImageFile) else None
+    if text is None:
+        raise UserError(f"{path} does not say how it was made; only PNGs of `tokenflow generate` do")
+    try:
+        found = json.loads(text)
+        numbers = {name: float(found[name]) for name in ("guidance_scale", "temperature")}
+        drawing = Drawing(
+            prompt=str(found["prompt"]),
+            seed=int(found["seed"]),
+            model=str(found["model"]),
+            top_k=tuple(int(k) for k in found["top_k"]),
+            top_p=tuple(float(p) for p in found["top_p"]),
+            negative_prompt=None if found["negative_prompt"] is None else str(found["negative_prompt"]),
+            dtype=str(found["dtype"]),
+            known_codes=tuple(int(code) for code in found["known_codes"]),
+            known_mask=tuple(int(bit) for bit in found["known_mask"]),
+            **numbers,
+        )
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: what it says about how it was made is damaged ({error!r:.80})") from error
+    if drawing.dtype not in ("float32", "bfloat16") or len(drawing.known_codes) != len(drawing.known_mask):
+        raise UserError(f"{path}: what it says about how it was made is damaged")
+    return drawing
+
+
+# drawing
+def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
+    """What `tokenflow generate` does: a PNG each, and grid.png with all of them.
+
+    Returns:
+        the paths of the pictures, and what else there is to say, a line each.
+
+    Raises:
+        UserError: options that make no sense together, a model or picture that cannot be read, a place that
+            cannot be written to, too little memory.
+    """
+    drawings = wanted(options) if options.from_ is None else [again(options)]
+    targets = _targets(options.output, drawings)
+    grid = options.output / "grid.png"
+    given = (options.from_, options.init_image, options.mask, options.prompts)
+    spare_inputs([*targets, grid], [path for path in given if path is not None])
+    check_writable(targets[0])
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
+    pipe = load_pipeline(drawings[0].model, device=options.device, dtype=drawings[0].dtype)
+    if options.init_image is not None:
+        kept = known_tokens(pipe, options.init_image, options.mask, options.keep_scales)
+        drawings = [replace(drawing, known_codes=kept[0], known_mask=kept[1]) for drawing in drawings]
+    _warn_of_cuts(pipe, drawings)
+    fits = len(drawings) * pipe.tokenizer.config.image_size**2 <= MOST_SHEET_PIXELS
+    pictures: list[Image.Image] = []
+    for drawing, target, picture in zip(
+        drawings, targets, draw(pipe, drawings, options.batch_size), strict=True
+    ):
+        write_picture(picture, target, drawing)
+        pictures += [picture] if fits else []
+    if options.from_ is not None:
+        return targets, [_compare(pictures[0], options.from_)]
+    if len(drawings) == 1:
+        return targets, []
+    if not fits:
+        return targets, [f"no {grid}: {len(drawings):,} pictures are too many for one sheet"]
+    columns = options.num_images
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    captions = [drawing.prompt for drawing in drawings[::columns]]
+    titles = [f"seed {drawing.seed}" for drawing in drawings[:columns]]
+    save_image(contact_sheet(rows, captions, titles), grid, optimize=True)
+    return targets, [f"all of them: {grid}"]
+
+
+@torch.inference_mode()
+def draw(pipe: TextToImagePipeline, drawings: Sequence[Drawing], batch_size: int) -> Iterator[Image.Image]:
+    """The pictures of `drawings`, which share all settings, behind a progress bar.
+
+    Raises:
+        UserError: settings that the sampler refuses, or too little memory for a batch.
+    """
+    scales = len(pipe.model.config.scales)
+    first = drawings[0]
+    known = None
+    if first.known_codes:
+        mask = torch.tensor([first.known_mask]).bool()
+        known = KnownTokens(torch.tensor([first.known_codes]).to(pipe.device), mask.to(pipe.device))
+    with tqdm(total=scales * len(drawings), desc="generate", unit="scale", disable=None) as bar:
+        for start in range(0, len(drawings), batch_size):
+            batch = drawings[start : start + batch_size]
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".* are cut to ")  # said already, once for all
+                    found = pipe(
+                        [drawing.prompt for drawing in batch],
+                        seed=[drawing.seed for drawing in batch],
+                        negative_prompt=first.negative_prompt,
+                        guidance_scale=first.guidance_scale,
+                        top_k=first.top_k,
+                        top_p=first.top_p,
+                        temperature=first.temperature,
+                        known=known,
+                        callback=lambda preview: bar.update(len(preview.rows)),
+                    )
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and "memory" not in str(error):
+                    raise
+                raise UserError(
+                    f"not enough memory for {len(batch)} pictures at a time; give a smaller --batch-size"
+                ) from error
+            yield from found.images
+
+
+def load_pipeline(name: str, *, device: str = "auto", dtype: str = "float32") -> TextToImagePipeline:
+    """Load a text-to-image model by bundled name, folder or hub name.
+
+    Raises:
+        UserError: no such model, another kind of model, damaged files, or no such device.
+    """
+    from tokenflow.generation.pipeline import TextToImagePipeline
+
+    try:
+        pipe = TextToImagePipeline.from_pretrained(name, dtype=getattr(torch, dtype))
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load model {name}: {first_line(error)}") from error
+    place(pipe.model, device, dtype)
+    place(pipe.tokenizer, device, dtype)
+    return pipe
+
+
+def known_tokens(
+    pipe: TextToImagePipeline, image: Path, mask: Path | None, scales: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Codes to keep of a picture and where: outside a mask, or its first scales (by default half of them).
+
+    Raises:
+        UserError: both a mask and a number of scales, an unreadable picture, see `generation.editing`.
+    """
+    if mask is not None and scales is not None:
+        raise UserError("--mask and --keep-scales are two ways to start from a picture; give one of them")
+    picture = read_image(image)
+    if mask is not None:
+        known = pipe.keep(picture, repaint=read_image(mask))
+    else:
+        half = max(1, len(pipe.model.config.scales) // 2)
+        known = pipe.keep(picture, scales=half if scales is None else scales)
+    given = torch.ones_like(known.codes, dtype=torch.bool) if known.mask is None else known.mask
+    return tuple((known.codes * given)[0].tolist()), tuple(given[0].int().tolist())
+
+
+def _warn_of_cuts(pipe: TextToImagePipeline, drawings: Sequence[Drawing]) -> None:
+    prompts = dict.fromkeys(drawing.prompt for drawing in drawings)
+    negative = drawings[0].negative_prompt
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe.encode([*prompts, *([negative] if negative else [])])
+    for warning in caught:
+        print(f"tokenflow: warning: {warning.message}", file=sys.stderr)
+
+
+def _compare(picture: Image.Image, path: Path) -> str:
+    """Whether a picture is the one in a file."""
+    before = read_image(path)
+    if before.size == picture.size and before.tobytes() == picture.tobytes():
+        return f"the same picture as {path}, pixel by pixel"
+    return f"not the same picture as {path}: that one was changed, or drawn by another model or machine"
+
+
+def wanted(options: GenerateOptions) -> list[Drawing]:
+    """The pictures that the options ask for, prompt by prompt, each from all its seeds.
+
+    Raises:
+        UserError: a number out of range, too many pictures, options that contradict each other.
+    """
+    prompts = read_prompts(options.text, options.prompts)
+    count, seed = options.num_images, options.seed
+    if count < 1:
+        raise UserError(f"--num-images must be at least 1, got {count}")
+    if not 0 <= seed <= 2**63 - count:
+        raise UserError(f"--seed must be from 0 to 2^63 - {count}, got {seed}")
+    if len(prompts) * count > MOST_PICTURES:
+        raise UserError(
+            f"{len(prompts) * count:,} pictures are too many for one run; draw at most {MOST_PICTURES:,}"
+        )
+    if options.init_image is None and (options.mask or options.keep_scales is not None):
+        raise UserError("--mask and --keep-scales say what to keep of a picture; give --init-image too")
+    top_k, top_p = sampling(options)
+    shared: dict[str, Any] = {
+        "model": options.model,
+        "guidance_scale": options.guidance_scale,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": options.temperature,
+        "negative_prompt": options.negative_prompt,
+        "dtype": options.dtype,
+    }
+    # Wrong numbers are said now, not after loading the model.
+    SamplingSettings(shared["guidance_scale"], top_k, top_p, shared["temperature"])
+    return [Drawing(prompt, seed + i, **shared) for prompt in prompts for i in range(count)]
+
+
+def again(options: GenerateOptions) -> Drawing:
+    """The drawing that `options.from_` holds.
+
+    Raises:
+        UserError: no such metadata, or options beside it that it decides itself.
+    """
+    free = ("output", "from_", "model", "device", "batch_size")
+    for field in fields(options):
+        if field.name not in free and getattr(options, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise UserError(f"--from takes everything from the picture; leave out --{name}")
+    assert options.from_ is not None
+    drawing = read_drawing(options.from_)
+    default = next(field.default for field in fields(options) if field.name == "model")
+    return drawing if options.model == default else replace(drawing, model=options.model)
+
+
+def _targets(folder: Path, drawings: Sequence[Drawing]) -> list[Path]:
+    """A PNG path a picture: the prompt's words and the seed; equal ones get a number."""
+    taken: set[str] = set()
+    targets = []
+    for drawing in drawings:
+        words = re.sub(r"\W+", "-", drawing.prompt[:200].lower()).strip("-")
+        while len(words.encode()) > 60:  # file systems count bytes
+            words = words[:-1]
+        stem = name = f"{words.strip('-') or 'picture'}-{drawing.seed}"
+        number = 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name)
+        targets.append(folder / f"{name}.png")
+    return targets

@@ -1,0 +1,223 @@
+"""`tokenflow generate` on real files, good and bad; a picture says how it was made and is made again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tokenflow.cli import main
+from tokenflow.drawing import MOST_PICTURES, load_pipeline, read_drawing, sampling
+from tokenflow.errors import UserError
+from tokenflow.generation.options import GenerateOptions
+
+
+@pytest.fixture
+def run(small_pipeline_folder, small_model_folder, capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty folder; `{t2i}` is the small pipeline, `{model}` the small tokenizer."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        folders = {"{t2i}": small_pipeline_folder, "{model}": small_model_folder}
+        code = main([str(folders.get(str(a), a)) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def the_error(result: tuple[int, str, str]) -> str:
+    code, _, stderr = result
+    line = stderr.strip().splitlines()[-1]
+    assert code == 2, stderr
+    assert line.startswith("tokenflow: error: ")
+    assert "Traceback" not in stderr
+    return line
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def metadata(path) -> dict:
+    image = Image.open(path)
+    image.load()
+    return json.loads(image.text["tokenflow"])
+
+
+def test_pictures_grid_and_metadata(run, small_pipeline_folder):
+    Path("more.txt").write_bytes(b"\xef\xbb\xbfzwei H\xc3\xbcnde\r\n\r\n")
+    code, out, err = run(
+        "generate", "A cat!", "--prompts", "more.txt", "-o", "out", "-m", "{t2i}",
+        "--num-images", 2, "--seed", 5, "--top-k", 9, 1, "--negative-prompt", "a dog",
+    )  # fmt: skip
+    assert code == 0, err
+    names = ["a-cat-5.png", "a-cat-6.png", "zwei-hünde-5.png", "zwei-hünde-6.png"]
+    assert out.splitlines() == [*(f"out/{name}" for name in names), "all of them: out/grid.png"]
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted([*names, "grid.png"])
+    found = metadata("out/zwei-hünde-6.png")
+    assert found | {"model": "", "version": ""} == {
+        "version": "", "model": "", "prompt": "zwei Hünde", "seed": 6, "guidance_scale": 7.5,
+        "top_k": [9, 1], "top_p": [0.8, 0.0], "temperature": 1.0, "negative_prompt": "a dog",
+        "dtype": "float32", "known_codes": [], "known_mask": [],
+    }  # fmt: skip
+    pipe = load_pipeline(str(small_pipeline_folder))
+    expected = pipe(["zwei Hünde"], seed=6, top_k=(9, 1), top_p=(0.8, 0), negative_prompt="a dog")
+    np.testing.assert_array_equal(pixels("out/zwei-hünde-6.png"), np.asarray(expected.images[0]))
+    grid = Image.open("out/grid.png")
+    assert (grid.width, grid.height) == (2 * (32 + 8) + 8, 30 + 2 * (32 + 8 + 22))
+    np.testing.assert_array_equal(np.asarray(grid)[30:62, 8:40], pixels("out/a-cat-5.png"))
+
+
+def test_a_picture_is_made_again_from_what_it_says(run):
+    assert run("generate", "a cat", "-o", "out", "-m", "{t2i}", "--steps-per-scale", 1, "--seed", 3)[0] == 0
+    code, out, _ = run("generate", "--from", "out/a-cat-3.png", "-o", "again")
+    assert code == 0
+    assert "the same picture as out/a-cat-3.png, pixel by pixel" in out
+    np.testing.assert_array_equal(pixels("out/a-cat-3.png"), pixels("again/a-cat-3.png"))
+    assert metadata("out/a-cat-3.png") == metadata("again/a-cat-3.png")
+    assert [path.name for path in Path("again").iterdir()] == ["a-cat-3.png"]
+
+    image = Image.open("out/a-cat-3.png")
+    image.load()
+    info = PngInfo()
+    info.add_itxt("tokenflow", image.text["tokenflow"])
+    image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save("changed.png", pnginfo=info)
+    assert "not the same picture as changed.png" in run("generate", "--from", "changed.png", "-o", "b")[1]
+
+
+def test_a_variation_and_a_repainted_picture_say_what_was_kept(run, small_pipeline_folder):
+    ramp = Image.linear_gradient("L").resize((40, 40))
+    Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180))).save("photo.png")
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    mask[:, 20:] = 255
+    Image.fromarray(mask).save("mask.png")
+    start = ["generate", "a cat", "-m", "{t2i}", "--init-image", "photo.png"]
+    assert run(*start, "-o", "vary", "--keep-scales", 2)[0] == 0
+    assert run(*start, "-o", "paint", "--mask", "mask.png")[0] == 0
+    pipe = load_pipeline(str(small_pipeline_folder))
+    codes = pipe.tokenizer.encode(pipe._pixels(Image.open("photo.png"))).indices[0].tolist()
+    vary, paint = metadata("vary/a-cat-0.png"), metadata("paint/a-cat-0.png")
+    assert vary["known_codes"] == codes[:5]
+    assert vary["known_mask"] == [1] * 5
+    assert paint["known_mask"][5:] == [1, 1, 0, 0] * 4
+    assert paint["known_codes"] == [c * m for c, m in zip(codes, paint["known_mask"], strict=True)]
+    Path("photo.png").unlink()
+    for made in ("vary", "paint"):
+        assert "the same picture" in run("generate", "--from", f"{made}/a-cat-0.png", "-o", "again")[1]
+
+
+def test_long_prompts_are_cut_with_a_warning(run):
+    words = "dog " * 10_000
+    code, _, err = run("generate", words, "a cat", "-o", "out", "-m", "{t2i}", "--steps-per-scale", 1)
+    assert code == 0
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("tokenflow: warning: 1 of 2 prompts are cut to 32 tokens")
+    (long,) = [path for path in Path("out").iterdir() if path.name.startswith("dog")]
+    assert read_drawing(long).prompt == words
+    assert len(long.name) < 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompts given"),
+        (["a cat", " "], "prompt 2 is empty"),
+        (["a" * 100_001], "a prompt has 100,001 characters"),
+        (["\udce9"], "is not valid UTF-8 text"),
+        (["--prompts", "none.txt"], "cannot read prompts none.txt: No such file"),
+        (["--prompts", "latin.txt"], "latin.txt: line 2 is not UTF-8; save the file as UTF-8"),
+        (["--prompts", "blank.txt"], "blank.txt: no prompt in it"),
+        (["a cat", "--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["a cat", "--num-images", "-3"], "--num-images must be at least 1, got -3"),
+        (["a cat", "--num-images", "1000000000"], f"at most {MOST_PICTURES:,}"),
+        (["a cat", "--seed", "-1"], "--seed must be from 0"),
+        (["a cat", "--guidance-scale", "-1"], "guidance_scale must be a number of at least 0, got -1"),
+        (["a cat", "--guidance-scale", "nan"], "guidance_scale must be a number"),
+        (["a cat", "--temperature", "-1"], "temperature must be"),
+        (["a cat", "--top-k", "-1"], "top_k must be integers from 0"),
+        (["a cat", "--top-p", "2"], "top_p must be numbers from 0 to 1"),
+        (["a cat", "--top-k", "1", "2", "--top-p", "0.5"], "numbers of passes: --top-k 2, --top-p 1"),
+        (["a cat", "--steps-per-scale", "0"], "--steps-per-scale must be at least 1, got 0"),
+        (["a cat", "--steps-per-scale", "4"], "4 passes a scale need both --top-k and --top-p"),
+        (["a cat", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["a cat", "--keep-scales", "1"], "give --init-image too"),
+        (["a cat", "--init-image", "none.png"], "cannot read image none.png: no such file"),
+        (["a cat", "--init-image", "p.png", "--keep-scales", "3"], "a variation keeps 1 to 2 scales of 3"),
+        (["a cat", "--init-image", "p.png", "--keep-scales", "1", "--mask", "p.png"], "give one of them"),
+        (["a cat", "--init-image", "p.png", "--mask", "q.png"], "make them the same size"),
+        (["--from", "p.png"], "p.png does not say how it was made"),
+        (["--from", "odd.png"], "odd.png: what it says about how it was made is damaged"),
+        (["--from", "none.png"], "cannot read image none.png"),
+        (["a cat", "--from", "p.png"], "leave out --text"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, message):
+    Path("latin.txt").write_bytes(b"a cat\nun caf\xe9\n")
+    Path("blank.txt").write_text("\n \n")
+    Image.new("RGB", (8, 8)).save("p.png")
+    Image.new("RGB", (9, 8), "white").save("q.png")
+    info = PngInfo()
+    info.add_text("tokenflow", '{"prompt": 1}')
+    Image.new("RGB", (8, 8)).save("odd.png", pnginfo=info)
+    before = sorted(Path().iterdir())
+    result = run("generate", *arguments, "-o", "out", "-m", "{t2i}")
+    assert message in the_error(result)
+    assert not [path for path in Path().rglob("*.png") if path not in before]
+
+
+def test_models_that_cannot_draw_are_explained(run):
+    arguments = ["generate", "a cat", "-o", "out", "-m"]
+    assert "unknown model 'no-such'" in the_error(run(*arguments, "no-such"))
+    assert "has no image tokenizer in tokenizer/" in the_error(run(*arguments, "{model}"))
+    assert "cannot use device 'abacus'" in the_error(run(*arguments, "{t2i}", "--device", "abacus"))
+
+
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("tokenflow.generation.pipeline.TextToImagePipeline.__call__", full)
+    error = the_error(run("generate", "a cat", "-o", "out", "-m", "{t2i}", "--num-images", 4))
+    assert "not enough memory for 4 pictures at a time; give a smaller --batch-size" in error
+
+
+def test_a_picture_is_never_drawn_over_what_it_was_made_from(run):
+    run("generate", "a cat", "-o", "out", "-m", "{t2i}", "--steps-per-scale", 1)
+    before = Path("out/a-cat-0.png").read_bytes()
+    assert "would overwrite" in the_error(run("generate", "--from", "out/a-cat-0.png", "-o", "out"))
+    assert Path("out/a-cat-0.png").read_bytes() == before
+    Path("file").write_text("")
+    assert "cannot write file" in the_error(run("generate", "a cat", "-o", "file", "-m", "{t2i}"))
+
+
+def test_passes_are_those_of_table_6():
+    def chosen(**options):
+        return sampling(GenerateOptions(Path("out"), **options))
+
+    assert chosen() == chosen(steps_per_scale=3) == ((1200, 100, 1), (0.8, 0.8, 0.0))
+    assert chosen(steps_per_scale=1) == ((1200,), (0.8,))
+    assert chosen(top_k=(600,)) == ((600,), (0.8,))
+    assert chosen(steps_per_scale=2) == ((1200, 1), (0.8, 0.0))
+    assert chosen(top_k=(5, 4, 3, 2), top_p=(0.1, 0.2, 0.3, 0.4)) == ((5, 4, 3, 2), (0.1, 0.2, 0.3, 0.4))
+    with pytest.raises(UserError, match="--steps-per-scale 2, --top-k 1"):
+        chosen(steps_per_scale=2, top_k=(1,))
+
+
+def test_a_real_process_says_a_mistake_in_one_line(tmp_path):
+    tokenflow = Path(sys.executable).with_name("tokenflow")
+    done = subprocess.run(
+        [tokenflow, "generate", b"caf\xe9", "-o", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "is not valid UTF-8 text" in done.stderr
+    assert not list(tmp_path.iterdir())
