@@ -49,3 +49,48 @@ def save_small_model(folder: Path, seed: int = 0, **overrides) -> Path:
     model.save_pretrained(folder)
     TokenFlowImageProcessor(size=model.config.image_size).save_pretrained(folder)
     return folder
+
+
+def small_words():
+    """A text tokenizer of 320 tokens, its last three `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = Path(__file__).parent / "parity" / "i2t" / "tokenizer_qwen.json"
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def small_language_model(**changes):
+    """A seeded random Llama of two layers that reads 512 tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 320, "max_position_embeddings": 512}
+    special = {"eos_token_id": 319, "bos_token_id": None, "pad_token_id": 317}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, **special, **changes}))
+
+
+def small_chat(tower_folder: Path, text: dict | None = None, **options):
+    """A LLaVA of all three, and its processor; `text` changes the Llama, `options` go to `assemble`."""
+    import torch
+
+    from tokenflow import TokenFlowModel
+    from tokenflow.understanding import assemble
+
+    tower = TokenFlowModel.from_pretrained(tower_folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # the projector
+        options = {"template": "smollm2", **options}
+        return assemble(tower, small_language_model(**(text or {})), small_words(), **options)
+
+
+def save_small_chat(folder: Path, tower_folder: Path) -> Path:
+    """`small_chat` as a folder."""
+    model, processor = small_chat(tower_folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

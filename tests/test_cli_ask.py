@@ -7,34 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
+from small_model import save_small_chat
 from tokenflow.cli import main
 
-WORDS = Path(__file__).parent / "parity" / "i2t" / "tokenizer_qwen.json"
 FEW = ("--max-new-tokens", "6")
 
 
 @pytest.fixture(scope="module")
 def chat_folder(small_model_folder, tmp_path_factory) -> Path:
-    """A LLaVA of a few thousand random values on disk."""
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from tokenflow import TokenFlowModel
-    from tokenflow.understanding import assemble
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = PreTrainedTokenizerFast(tokenizer_file=str(WORDS), eos_token="<|im_end|>")
-    folder = tmp_path_factory.mktemp("chat")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        text = LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=512, **sizes))
-        tower = TokenFlowModel.from_pretrained(small_model_folder)
-        model, processor = assemble(tower, text, words, template="smollm2")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_small_chat(tmp_path_factory.mktemp("chat"), small_model_folder)
 
 
 @pytest.fixture

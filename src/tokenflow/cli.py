@@ -24,7 +24,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from tokenflow import __version__
 from tokenflow.errors import UserError
-from tokenflow.evaluation.options import GenerationEval, ReconstructionEval, SemanticsEval
+from tokenflow.evaluation.options import GenerationEval, ReconstructionEval, SemanticsEval, VlmEval
 from tokenflow.generation.options import GenerateOptions
 from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
@@ -269,6 +269,13 @@ def eval_generation(options: OmitArgPrefixes[GenerationEval]) -> None:
     _print_result(run(options))
 
 
+def eval_vlm(options: OmitArgPrefixes[VlmEval]) -> None:
+    """Measure the answers to questions about pictures: yes/no accuracy and F1, exact match."""
+    from tokenflow.evaluation.vlm import run
+
+    _print_result(run(options))
+
+
 def eval_compare(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RESULT.json ...")]], /) -> None:
     """Show results side by side; those that were measured differently are refused.
 
@@ -381,6 +388,7 @@ COMMANDS: dict[str, Any] = {
         "reconstruction": eval_reconstruction,
         "semantics": eval_semantics,
         "generation": eval_generation,
+        "vlm": eval_vlm,
         "compare": eval_compare,
     },
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, pipeline
 
+from small_model import small_words
 from tokenflow import TokenFlowImageProcessor, TokenFlowModel
 from tokenflow.errors import UserError
 from tokenflow.understanding import chat_template, load, make_processor
@@ -131,7 +132,8 @@ def test_only_the_projector_and_the_language_model_learn(make_chat, pictures):
     assert learning == {"multi_modal_projector", "language_model", "weight"}
 
 
-def test_the_callers_tokenizer_is_left_alone(small_model_folder, words):
+def test_the_callers_tokenizer_is_left_alone(small_model_folder):
+    words = small_words()
     config = TokenFlowModel.from_pretrained(small_model_folder).config
     processor = make_processor(words, config, template="plain")
     assert processor.image_token_id == 320 == len(words)

@@ -82,6 +82,37 @@ class SemanticsEval:
 
 
 @dataclass(frozen=True)
+class VlmEval:
+    """Ask a model the questions of a set and measure its answers: yes/no questions as POPE does (accuracy,
+    F1), all others as GQA does (exact match).
+
+    Example: `tokenflow eval vlm --data PACKS/daquar --out result.json`
+    """
+
+    data: str
+    """A set with columns `question` and `answer`, or `questions` and `answers` (a list each), as in
+    `eval reconstruction`."""
+    model: str = "tokenflow-tiny-chat"
+    """A model that answers questions: a bundled name, a folder, or a hub name."""
+    split: str | None = None
+    """The split of `data` to ask about; by default "val", or the only one of a folder."""
+    limit: int | None = None
+    """Only the first so many pictures."""
+    instruction: str = "Answer the question using a single word or phrase."
+    """Stands on a line of its own after each question; "" for none."""
+    max_new_tokens: int = 16
+    """Answers are cut off there."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    batch_size: int = 8
+    """Questions at a time; changes the speed, not the answers."""
+    out: str | None = None
+    """Where to write the result as JSON."""
+    answers: str | None = None
+    """Where to write each question with its answers, expected and given, as JSON lines."""
+
+
+@dataclass(frozen=True)
 class GenerationEval:
     """Make a picture for each row of a set and measure whether it shows what the prompt says: agreement with
     an independent classifier, similarity to the prompt, a Frechet distance to the real pictures; and, with
@@ -93,7 +124,7 @@ class GenerationEval:
     data: str
     """A set with captions, or with labels and names of the labels, as in `eval reconstruction`."""
     model: str = "tokenflow-tiny-t2i"
-    """A text-to-image model: a bundled name, a folder, or a hub name."""
+    """A text-to-image or class-conditional model: a bundled name, a folder, or a hub name."""
     split: str = "val"
     """The split of `data` whose prompts and pictures are used."""
     limit: int | None = None

@@ -63,7 +63,6 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []
         self.features: list[Tensor] = []
 
-    @torch.inference_mode()
     def ask(self, question: str, images: Picture | Sequence[Picture] = (), **generate_kwargs: Any) -> str:
         """The answer to `question`, which joins the conversation with it; arguments and errors as `ask`.
 
@@ -72,43 +71,18 @@ class Conversation:
         if not question.strip():
             raise UserError("the question is empty; ask something about the image")
         pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
-        content = [{"type": "image"}] * len(pictures)
-        content += [{"type": "text", "text": without_special_tokens(self.processor, question.strip())}]
-        messages = [*self.messages, {"role": "user", "content": content}]
+        messages = [*self.messages, user_message(self.processor, question, len(pictures))]
+        inputs = tokenize(self.model, self.processor, [messages])
         images_so_far = len(self.features) + len(pictures)
-        inputs: dict[str, Any] = self._tokenize(messages, images_so_far)
         options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generate_kwargs}
         self._check_length(inputs["input_ids"].shape[1], images_so_far, options["max_new_tokens"])
-        features = self.features + self._encode(pictures)
-        if features:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
-        output = self.model.generate(**inputs, **options)  # type: ignore[misc]
-        new = output[0, inputs["input_ids"].shape[1] :]
-        answer = self.processor.decode(new, skip_special_tokens=True).strip()
+        features = self.features + encode_images(self.model, self.processor, pictures)
+        (answer,) = generate(self.model, self.processor, inputs, features, **options)
         # What the model wrote may spell a special token too.
         said = [{"type": "text", "text": without_special_tokens(self.processor, answer)}]
         self.messages = [*messages, {"role": "assistant", "content": said}]
         self.features = features
         return answer
-
-    def _encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Projected features `[N, hidden]` of each picture."""
-        if not pictures:
-            return []
-        opened = [p if isinstance(p, Image.Image) else read_image(p) for p in pictures]
-        tower = self.model.model.vision_tower
-        pixels = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
-        found = self.model.get_image_features(pixels.to(tower.device, tower.dtype), return_dict=True)
-        return list(found.pooler_output)
-
-    def _tokenize(self, messages: list[dict[str, Any]], images: int) -> dict[str, Tensor]:
-        token = self.processor.image_token
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        if prompt.count(token) != images:
-            raise UserError(f"the chat template wrote {prompt.count(token)} {token} for {images} images")
-        prompt = prompt.replace(token, token * self.model.config.image_seq_length)
-        tokenized = self.processor.tokenizer(prompt, return_tensors="pt")
-        return {key: tokenized[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
 
     def _check_length(self, given: int, images: int, answer: int) -> None:
         context = self.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
@@ -118,6 +92,56 @@ class Conversation:
                 f"the conversation{pictures} has {given} tokens and the answer may take {answer}, but this "
                 f"model reads {context}: shorten the question, drop images or lower max_new_tokens"
             )
+
+
+# What a turn consists of; evaluation uses it on many questions at a time.
+def user_message(processor: LlavaProcessor, question: str, images: int) -> dict[str, Any]:
+    """A turn of the user: so many images, then the question, in which special tokens are text."""
+    text = without_special_tokens(processor, question.strip())
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def tokenize(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, conversations: list[list[dict[str, Any]]]
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` `[B, P]`, left-padded, with the places of all images' features."""
+    token = processor.image_token
+    prompts = [processor.apply_chat_template(turns, add_generation_prompt=True) for turns in conversations]
+    prompts = [prompt.replace(token, token * model.config.image_seq_length) for prompt in prompts]
+    tokenized = processor.tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
+    return {key: tokenized[key].to(model.device) for key in ("input_ids", "attention_mask")}
+
+
+@torch.inference_mode()
+def encode_images(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: Sequence[Picture]
+) -> list[Tensor]:
+    """Projected features `[N, hidden]` of each picture."""
+    if not pictures:
+        return []
+    opened = [p if isinstance(p, Image.Image) else read_image(p) for p in pictures]
+    tower = model.model.vision_tower
+    pixels = processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+    return list(
+        model.get_image_features(pixels.to(tower.device, tower.dtype), return_dict=True).pooler_output
+    )
+
+
+@torch.inference_mode()
+def generate(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    inputs: dict[str, Tensor],
+    features: list[Tensor],
+    **generate_kwargs: Any,
+) -> list[str]:
+    """The B answers to tokenized conversations; `features` are those of all images in order."""
+    asked: dict[str, Any] = {**inputs, **generate_kwargs}
+    if features:
+        asked["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
+    output = model.generate(**asked)  # type: ignore[misc]
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def without_special_tokens(processor: LlavaProcessor, text: str) -> str:
