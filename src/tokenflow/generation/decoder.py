@@ -111,7 +111,9 @@ class Decoder(nn.Module):
         start, n = self.offsets[first], features.shape[1]
         sides = [self.scales[k] ** 2 for k in range(first, self.offsets.index(start + n))]
         rows = torch.arange(first + 1, first + 1 + len(sides), device=features.device)
-        rows = rows.repeat_interleave(torch.tensor(sides, device=features.device), output_size=n)
+        rows = rows.repeat_interleave(
+            torch.tensor(sides, dtype=torch.int64, device=features.device), output_size=n
+        )
         x = self.visual_projector(features.to(self.visual_projector.linear_1.weight.dtype))
         return x + self.scale_embedding(rows) + self.image_position_embedding.weight[start : start + n]
 

@@ -213,7 +213,7 @@ class TokenFlowForTextToImage(PreTrainedModel):
             input_codes: `[B, N]`, what the model sees in place of `codes`, which it learns.
 
         Raises:
-            UserError: shapes that do not fit, codes outside the codebook.
+            UserError: shapes that do not fit; no code vectors were ever set.
         """
         self._check(input_ids, attention_mask, codes)
         input_ids, real = cut_padding(input_ids, attention_mask)
