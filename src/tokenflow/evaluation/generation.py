@@ -16,12 +16,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenflow.bundled import resolve
 from tokenflow.data.loader import iterate_eval
 from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 
     from tokenflow.tokenizer.modeling import TokenFlowModel
 SHEET_ROWS = 12
-GENERATED, TOKENIZER, REAL = "generated", "real, through the tokenizer", "real"
-SIMILARITY = "teacher similarity (not OpenAI CLIP)"
+GENERATED, TOKENIZER, REAL = "generated", "real, as tokens", "real"
+SIMILARITY = "teacher similarity"
 FRECHET = "efficientnet-lite0 Frechet distance"
 
 
@@ -50,7 +52,7 @@ class Strategy:
 
     def __str__(self) -> str:
         passes = len(self.top_k)
-        return f"{passes} step{'s' if passes > 1 else ''}, top-k {'/'.join(map(str, self.top_k))}"
+        return f"{passes} step{'s' if passes > 1 else ''}: {', '.join(map(str, self.top_k))}"
 
 
 # The rows of Tab. 6, worst first; top-p 0 is off.
@@ -185,12 +187,10 @@ def ablation_summary(single: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         difference = values[three] - values[one]
         error = difference.std() / len(difference) ** 0.5 if len(difference) > 1 else torch.tensor(0.0)
         summary[figure] = {
-            "paper's order of 1, 2, 3 steps": bool(
-                values[one].mean() < values[two].mean() < values[three].mean()
-            ),
-            "pairs of Tab. 6 in the paper's order": sum(pairs) / len(pairs),
-            "3 steps minus 1 step": float(difference.mean()),
-            "its standard error": float(error),
+            "1 < 2 < 3 steps": bool(values[one].mean() < values[two].mean() < values[three].mean()),
+            "pairs as in the paper": sum(pairs) / len(pairs),
+            "3 steps - 1 step": float(difference.mean()),
+            "standard error": float(error),
         }
     return summary
 
@@ -252,11 +252,11 @@ def evaluate_generation(
     for figure, bounds in lower_bounds(rows, shown[str(BEST)], judges).items():
         metrics[figure] |= bounds
     if ablation:
-        metrics["sampling strategies (Tab. 6)"] = {
+        metrics["Tab. 6"] = {
             figure: {str(strategy): values[str(strategy)] for strategy in TABLE_6}
             for figure, values in (means | distances).items()
         }
-        metrics["does Tab. 6 hold?"] = ablation_summary(single)
+        metrics["order of Tab. 6"] = ablation_summary(single)
     return metrics, shown
 
 
@@ -271,8 +271,58 @@ def sheet(rows: Rows, shown: dict[str, Tensor], count: int = SHEET_ROWS) -> Imag
         [Pillow.fromarray(column[i].permute(1, 2, 0).numpy()) for column in columns.values()]
         for i in range(min(count, len(rows.prompts)))
     ]
-    titles = [name.removeprefix("real, ") for name in columns]
+    titles = ["as tokens" if name == TOKENIZER else name for name in columns]
     return contact_sheet(lines, rows.prompts[: len(lines)], titles, cell=max(128, rows.pictures.shape[-1]))
+
+
+def load_generator(options: GenerationEval) -> tuple[torch.nn.Module, TokenFlowModel, Generate]:
+    """The model that `options` names, its image tokenizer, and how the two make pictures.
+
+    A text-to-image model draws from prompts, a class-conditional one (Fig. 6) from labels.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from tokenflow.codec import first_line, load, place
+    from tokenflow.drawing import load_pipeline
+    from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
+
+    name = resolve(options.model)
+    try:
+        found, _ = TokenFlowClassToImageConfig.get_config_dict(name)
+    except OSError as error:
+        raise UserError(f"cannot load model {options.model}: {first_line(error)}") from error
+    if found.get("model_type") != TokenFlowClassToImageConfig.model_type:
+        pipe = load_pipeline(options.model, device=options.device)
+
+        def from_prompts(prompts: list[str], _: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
+            codes = pipe(
+                prompts,
+                seed=seeds,
+                guidance_scale=options.guidance_scale,
+                output_type="codes",
+                top_k=how.top_k,
+                top_p=how.top_p,
+            ).codes
+            return decoded(pipe.tokenizer, codes)
+
+        return pipe.model, pipe.tokenizer, from_prompts
+
+    model = place(TokenFlowForClassToImage.from_pretrained(name).eval(), options.device, "float32")
+    tokenizer = load(str(Path(name) / "tokenizer"), device=options.device).model
+
+    def from_labels(_: list[str], labels: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
+        if labels is None:
+            raise UserError(f"{options.data} has no labels; a class-conditional model draws from them")
+        sampling = {"top_k": how.top_k, "top_p": how.top_p, "guidance_scale": options.guidance_scale}
+        return decoded(tokenizer, model.generate_indices(labels, seed=seeds, **sampling))
+
+    return model, tokenizer, from_labels
+
+
+def decoded(tokenizer: TokenFlowModel, codes: Tensor) -> Tensor:
+    """uint8 pictures [B, 3, H, W] of codes [B, L]."""
+    return to_uint8(tokenizer.decode_pixels(tokenizer.quantized_from_indices(codes)))
 
 
 def run(options: GenerationEval) -> report.Result:
@@ -280,31 +330,20 @@ def run(options: GenerationEval) -> report.Result:
     nothing but progress."""
     from tokenflow.codec import check_writable
     from tokenflow.data.images import save_image
-    from tokenflow.drawing import load_pipeline
 
     for path in (options.out, options.sheet):
         if path is not None:
             check_writable(path)
     SamplingSettings(options.guidance_scale)
     started = time.perf_counter()
-    pipe = load_pipeline(options.model, device=options.device)
-
-    def generate(prompts: list[str], labels: Tensor | None, seeds: list[int], strategy: Strategy) -> Tensor:
-        sampling = {
-            "guidance_scale": options.guidance_scale,
-            "top_k": strategy.top_k,
-            "top_p": strategy.top_p,
-        }
-        codes = pipe(prompts, seed=seeds, output_type="codes", **sampling).codes
-        return to_uint8(pipe.tokenizer.decode_pixels(pipe.tokenizer.quantized_from_indices(codes)))
-
-    side = pipe.tokenizer.config.image_size
+    model, tokenizer, generate = load_generator(options)
+    side, device = tokenizer.config.image_size, tokenizer.device
     rows, fingerprint = read_rows(Source(options.data, split=options.split), side, options.limit)
-    judges = load_judges(options, rows.prompts, side, pipe.device)
+    judges = load_judges(options, rows.prompts, side, device)
     with torch.inference_mode():
         metrics, shown = evaluate_generation(
             generate,
-            pipe.tokenizer,
+            tokenizer,
             rows,
             judges,
             ablation=options.ablation,
@@ -312,11 +351,11 @@ def run(options: GenerationEval) -> report.Result:
             batch_size=options.batch_size,
         )
     name = f"{options.model}, guidance {options.guidance_scale:g}"
-    about = report.model_fingerprint(torch.nn.ModuleList([pipe.model, pipe.tokenizer]), name)
+    about = report.model_fingerprint(torch.nn.ModuleList([model, tokenizer]), name)
     result = {
         "kind": "generation",
         "metrics": metrics,
-        "fingerprint": fingerprint | judges.settings | {"seed": options.seed, "backend": pipe.device.type},
+        "fingerprint": fingerprint | judges.settings | {"seed": options.seed, "backend": device.type},
         "model": about,
         "sampling": {"guidance_scale": options.guidance_scale, "strategy": str(BEST)},
         "command": report.command_line(),

@@ -219,6 +219,7 @@ def load_judges(options: GenerationEval, prompts: list[str], side: int, device: 
             judges.settings["agreement"] = f"linear probe, {probe}, {len(names)} classes"
     if options.teacher is not None and options.text_encoder is not None:
         judges.teacher, judges.texts = load_teacher(options.teacher, options.text_encoder, prompts, device)
+        judges.settings["similarity"] = "cosine in the space of a small CLIP-style teacher, not OpenAI CLIP"
         judges.settings["teacher_sha256"] = report.model_fingerprint(judges.teacher, "")["sha256"]
         judges.settings["texts_sha256"] = hashlib.sha256(judges.texts.numpy().tobytes()).hexdigest()
     return judges
