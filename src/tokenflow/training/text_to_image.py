@@ -66,6 +66,7 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
             cannot be written to.
     """
     folder, data = Path(recipe.output_dir), recipe.data
+    arguments = training_arguments(recipe)  # joins the other processes, if there are any
     image_tokenizer = load_image_tokenizer(recipe.model.tokenizer)
     options = {"image_size": image_tokenizer.model.config.image_size, "seed": recipe.seed}
     train_rows = GenerationRows(
@@ -89,8 +90,9 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    generator = build_generator(recipe.model, image_tokenizer, train_rows, folder, recipe.seed)
-    trainer = GenerationTrainer(recipe, generator, train_rows, eval_rows)
+    with arguments.main_process_first():  # it writes the text tokenizer that the others read
+        generator = build_generator(recipe.model, image_tokenizer, train_rows, folder, recipe.seed)
+    trainer = GenerationTrainer(recipe, arguments, generator, train_rows, eval_rows)
     last = latest_checkpoint(folder)
     if last is not None and int(last.name.split("-")[1]) >= recipe.steps:
         return TrainResult(recipe.steps, "steps", folder / "export")
@@ -105,6 +107,7 @@ class GenerationTrainer(Trainer):
     def __init__(
         self,
         recipe: Recipe,
+        arguments: TrainingArguments,
         generator: Generator,
         train_rows: GenerationRows,
         eval_rows: GenerationRows | None,
@@ -114,10 +117,9 @@ class GenerationTrainer(Trainer):
         self.rows, self.eval_rows = train_rows, eval_rows
         self.stop = StopRequest(None)
         self.average = WeightAverage(generator.model, 0.0)
-        args = training_arguments(recipe)
         super().__init__(
             model=generator.model,
-            args=args,
+            args=arguments,
             data_collator=generator.collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
