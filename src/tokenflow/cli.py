@@ -349,6 +349,7 @@ def demo(
     *,
     output: Output = Path("demo-output"),
     model: Model = "tokenflow-tiny",
+    text_to_image: str | None = None,
     device: str = "auto",
 ) -> None:
     """Show the tokenizer at work on a few photographs: an HTML page and a PNG.
@@ -357,11 +358,12 @@ def demo(
         images: Your own photographs, or folders of them; a few come with the package.
         output: The folder for page and picture.
         model: A bundled name, a folder, or a hub name.
+        text_to_image: The model that draws the gallery; by default the bundled one, if there is one.
         device: auto, cpu, cuda, cuda:1 ...
     """
     from tokenflow.demo import run_demo
 
-    page, picture = run_demo(output, images=images, model=model, device=device)
+    page, picture = run_demo(output, images=images, model=model, text_to_image=text_to_image, device=device)
     print(f"page:    {page.resolve()}\npicture: {picture.resolve()}")
 
 

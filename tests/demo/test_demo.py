@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tokenflow import UserError
 from tokenflow.codec import image_paths, load
 from tokenflow.demo import SAMPLES, code_colours, demonstrate, run_demo
+from tokenflow.demo.gallery import PROMPTS, SEEDS, bundled_gallery, draw_gallery
+from tokenflow.drawing import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,12 @@ def model_with_classes(tmp_path_factory):
     file = folder / "class_embeddings.safetensors"
     save_file({"embeddings": embeddings}, file, {"names": json.dumps(names)})
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_bundled_gallery(monkeypatch):
+    """The bundled text-to-image model draws for a minute; tests that want a gallery name a small one."""
+    monkeypatch.setattr("tokenflow.demo.bundled_gallery", lambda *_: None)
 
 
 class Links(HTMLParser):
@@ -117,3 +125,39 @@ def test_every_sample_states_its_licence():
     text = (SAMPLES / "LICENCES.md").read_text(encoding="utf-8")
     for sample in SAMPLES.glob("*.jpg"):
         assert re.search(rf"`{sample.name}`.*(CC0|CC BY|public domain)", text)
+
+
+def test_a_gallery_is_shown_where_there_is_a_model_for_it(
+    model_with_classes, small_pipeline_folder, tmp_path
+):
+    Image.new("RGB", (20, 30), "teal").save(tmp_path / "a.png")
+    photo = {"images": [tmp_path / "a.png"], "model": str(model_with_classes)}
+    plain, plain_sheet = run_demo(tmp_path / "plain", **photo)
+    page, sheet = run_demo(tmp_path / "drawn", text_to_image=str(small_pipeline_folder), **photo)
+    text = page.read_text(encoding="utf-8")
+    assert "Pictures from text" in text
+    assert "Pictures from text" not in plain.read_text(encoding="utf-8")
+    links = Links()
+    links.feed(text)
+    assert links.open == []
+    assert len(links.sources) == (2 + 3) + len(PROMPTS) * len(SEEDS) + 3
+    assert "$" not in text
+    # 5 columns hold one prompt of four seeds each; before them a row of the growing picture
+    assert Image.open(sheet).height == Image.open(plain_sheet).height + 64 + 7 * (128 + 26 + 10)
+
+
+def test_the_gallery_is_what_the_pipeline_draws(small_pipeline_folder):
+    found = draw_gallery(str(small_pipeline_folder), ["a <cat>", "a dog"], [3, 4])
+    pipe = load_pipeline(str(small_pipeline_folder))
+    drawn = pipe(["a dog"], seed=4)
+    np.testing.assert_array_equal(np.asarray(found.pictures[1][1]), np.asarray(drawn.images[0]))
+    assert [len(row) for row in found.pictures] == [2, 2]
+    assert len(found.stages) == len(found.scales) == 3
+    np.testing.assert_array_equal(np.asarray(found.stages[-1]), np.asarray(found.pictures[0][0]))
+    (first,) = pipe.decode(pipe(["a <cat>"], seed=3).codes[:, :1])
+    np.testing.assert_array_equal(np.asarray(found.stages[0]), np.asarray(first))
+
+
+def test_without_a_bundled_model_there_is_no_gallery(monkeypatch):
+    monkeypatch.setattr("tokenflow.demo.gallery.bundled_names", lambda: ["tokenflow-tiny"])
+    assert bundled_gallery() is None

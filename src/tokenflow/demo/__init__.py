@@ -1,4 +1,5 @@
-"""What `tokenflow demo` shows: a few photographs as tokens, rebuilt scale by scale, and what the tokens know.
+"""What `tokenflow demo` shows: a few photographs as tokens, rebuilt scale by scale, what the tokens know, and
+pictures drawn from text.
 
 `run_demo` computes; `page.py` writes the HTML page and `sheet.py` the picture.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, cast
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from tokenflow.bundled import resolve
 from tokenflow.codec import Loaded, check_writable, image_paths, load
 from tokenflow.data.images import read_image
-from tokenflow.demo.gallery import Gallery
+from tokenflow.demo.gallery import Gallery, bundled_gallery, draw_gallery
 from tokenflow.evaluation.reconstruction import psnr, to_uint8
 from tokenflow.evaluation.semantics import read_class_embeddings
 
@@ -88,12 +89,14 @@ def run_demo(
     *,
     images: Sequence[str | PathLike[str]] = (),
     model: str = "tokenflow-tiny",
+    text_to_image: str | None = None,
     device: str = "auto",
 ) -> tuple[Path, Path]:
     """Write `index.html` (self-contained) and `demo.png` into the folder `output`; return their paths.
 
     Args:
         images: files or folders; by default the sample photographs that ship with the package.
+        text_to_image: the model of the gallery; by default the bundled one, if there is one.
 
     Raises:
         UserError: a picture or the model cannot be read, or the output cannot be written.
@@ -105,6 +108,8 @@ def run_demo(
     check_writable(page)
     paths = image_paths(images or sorted(SAMPLES.glob("*.jpg")))
     found = demonstrate(paths, load(model, device=device))
+    drawn = bundled_gallery(device) if text_to_image is None else draw_gallery(text_to_image, device=device)
+    found = replace(found, gallery=drawn)
     write_sheet(found, sheet)
     write_page(found, page)
     return page, sheet
