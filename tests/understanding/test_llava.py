@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    pipeline,
+)
 
-from small_model import small_words
+from small_model import small_language_model, small_words
 from tokenflow import TokenFlowImageProcessor, TokenFlowModel
 from tokenflow.errors import UserError
-from tokenflow.understanding import chat_template, load, make_processor
+from tokenflow.understanding import ask, assemble_continuous, chat_template, load, make_processor
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
@@ -62,6 +69,26 @@ def test_input_strategies_by_configuration(strategy, count, width, make_chat, pi
     again, words = load(tmp_path, device="cpu")
     assert again.config.vision_config.feature_strategy == strategy
     torch.testing.assert_close(again(**prepare(words, [user("What is it?")], pictures[:1])).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
+@torch.no_grad()
+def test_a_continuous_teacher_takes_the_towers_place(kind, pictures, tmp_path):
+    """Tab. 9: the class token that CLIP has, and SigLIP has not, is dropped."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = AutoModel.from_config(AutoConfig.for_model(kind, image_size=32, patch_size=8, **sizes))
+    images = TokenFlowImageProcessor(size=32, resize_mode="pad", image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    model, processor = assemble_continuous(
+        vision, images, small_language_model(), small_words(), template="smollm2"
+    )
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == model.config.image_seq_length == 16
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, words = load(tmp_path, device="cpu")
+    torch.testing.assert_close(again(**prepare(words, [user("What is it?")], pictures[:1])).logits, expected)
+    assert isinstance(ask(again, words, pictures[0], "What is it?", max_new_tokens=3), str)
 
 
 def test_a_saved_folder_is_read_by_transformers_alone(make_chat, pictures, tmp_path):

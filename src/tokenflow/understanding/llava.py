@@ -60,7 +60,11 @@ def feature_count(config: TokenFlowConfig) -> int:
 
 
 def make_processor(
-    tokenizer: Any, config: TokenFlowConfig, *, template: str, resize_mode: str = "pad"
+    tokenizer: Any,
+    config: TokenFlowConfig,
+    *,
+    template: str,
+    resize_mode: str = "pad",
 ) -> LlavaProcessor:
     """What turns messages and pictures into the input of a LLaVA with a tower of `config`.
 
@@ -75,18 +79,26 @@ def make_processor(
     Raises:
         UserError: unknown template or resize mode.
     """
+    images = TokenFlowImageProcessor(size=config.image_size, resize_mode=resize_mode)
+    patch_size = config.image_size // config.grid
+    extra = feature_count(config) - (config.image_size // patch_size) ** 2
+    return _processor(tokenizer, images, template, patch_size, "full", extra)
+
+
+def _processor(
+    tokenizer: Any, images: Any, template: str, patch_size: int, select: str, extra: int
+) -> LlavaProcessor:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is in both is saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    patch_size = config.image_size // config.grid
     return LlavaProcessor(
-        image_processor=TokenFlowImageProcessor(size=config.image_size, resize_mode=resize_mode),
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=feature_count(config) - (config.image_size // patch_size) ** 2,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=extra,
         chat_template=chat_template(template),
         image_token=IMAGE_TOKEN,
     )
@@ -126,14 +138,55 @@ def assemble(
     if feature_strategy is not None:
         vision = tower.config = TokenFlowConfig.from_dict(vision.to_dict(), feature_strategy=feature_strategy)
     processor = make_processor(tokenizer, vision, template=template, resize_mode=resize_mode)
+    return _assemble(tower, language_model, processor, feature_count(vision), layer=-1)
+
+
+def assemble_continuous(
+    tower: PreTrainedModel,
+    image_processor: Any,
+    language_model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    template: str,
+    layer: int = -2,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The same with an ordinary vision tower, such as the tokenizer's continuous teacher (Tab. 9).
+
+    Args:
+        tower: a vision model that transformers' LLaVA takes: `CLIPVisionModel`, `SiglipVisionModel`, ...
+        image_processor: its image processor; a `TokenFlowImageProcessor` with the tower's mean and standard
+            deviation shows it the same crops as a tokenizer gets.
+        language_model, tokenizer, template: as in `assemble`.
+        layer: the hidden state that is used; a class token is dropped.
+
+    Raises:
+        UserError: unknown template.
+    """
+    vision: Any = tower.config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    zeros = torch.zeros(1, 3, vision.image_size, vision.image_size, device=tower.device, dtype=tower.dtype)
+    with torch.no_grad():
+        class_tokens = tower(zeros).last_hidden_state.shape[1] - patches
+    select = "default" if class_tokens else "full"  # "default" drops one token
+    processor = _processor(tokenizer, image_processor, template, vision.patch_size, select, class_tokens)
+    return _assemble(tower, language_model, processor, patches + max(class_tokens - 1, 0), layer)
+
+
+def _assemble(
+    tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    processor: LlavaProcessor,
+    features: int,
+    layer: int,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     unused = grow_vocabulary(language_model, processor.image_token_id)
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower.config,
         text_config=language_model.config,
         image_token_index=processor.image_token_id,
-        image_seq_length=feature_count(vision),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
+        image_seq_length=features,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
     with torch.device("meta"):  # a shell: the parts take the place of its own
