@@ -425,12 +425,18 @@ def _tiny() -> dict[str, Any]:
         "scales": SCALES_TINY,
         "flows": [
             SemanticFlow(encoder=encoder, decoder_heads=4, target_dim=384),
-            PixelFlow(encoder=ConvSpec(width=96, multipliers=(1, 2), latent_channels=64, patch=8)),
+            # At equal weights the semantic channels have most of the say: 0.3 dB less, fewer codes alive.
+            PixelFlow(
+                encoder=ConvSpec(width=96, multipliers=(1, 2), latent_channels=64, patch=8), weight=3.0
+            ),
         ],
         "pixel_decoder": PixelDecoderSpec(
             width=64, multipliers=(1, 2, 4), blocks=2, latent_channels=64, patch=4
         ),
         "codebook_size": 8192,
+        "restart_dead_codes": True,
+        "scale_drop": 0.0,
+        "prefix_decoding": 0.1,
     }
 
 
