@@ -298,3 +298,14 @@ def test_recipes_state_the_papers_values():
     assert (o.kind, o.lr, o.weight_decay, o.warmup_steps, o.clip) == ("adamw", 5e-4, 0.1, 5000, 0.5)
     assert (seven.data.caption_dropout, seven.data.first_sentence) == (0.1, 0.2)
     assert (seven.model.max_text_tokens, seven.text_loss) == (128, False)
+
+
+def test_the_bundled_model_has_the_stated_size():
+    from tokenflow.training.generation_models import load_image_tokenizer, new_language_model
+
+    recipe = GENERATION_RECIPES["tokenflow-tiny-t2i"]().model
+    text = train_text_tokenizer(["a photo"] * 3, 270)
+    model = new_language_model(recipe, load_image_tokenizer("tokenflow-tiny"), text)
+    stored = sum(tensor.numel() for tensor in model.state_dict().values())
+    stored += 2 * recipe.hidden_size * (recipe.text_vocabulary - len(text))  # rows of embedding and head
+    assert stored == 16_681_472  # 33.4 MB in half precision

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -157,11 +156,6 @@ def captions_of(row: Mapping[str, Any], templates: Iterable[str]) -> list[str]:
         return []
     article = "an" if name[0].lower() in "aeiou" else "a"
     return [template.format(a=article, name=name) for template in templates]
-
-
-def codes_array(rows: Mapping[str, Any]) -> np.ndarray:
-    """The column `codes` of a batch of rows as int64 `[B, L]`."""
-    return np.asarray(rows["codes"], dtype=np.int64)
 
 
 def shard_path(folder: Path, split: str, number: int, count: int) -> Path:
