@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks import eager_baseline, measure, search
+from benchmarks import eager_baseline, measure, search, text_to_image
 
 from small_model import small_config
 from tokenflow import TokenFlowModel
@@ -31,6 +31,14 @@ def test_searches_agree():
         search.our_search(queries, codes), search.naive_search(queries, codes), strict=True
     ):
         torch.testing.assert_close(ours, naive)
+
+
+def test_sampling_with_and_without_a_cache_agrees():
+    model = text_to_image.build(layers=1, width=64, codebook_size=256)
+    seconds, equal, positions = text_to_image.compare(model, rows=2)
+    assert set(seconds) == {"ours", "plain"}
+    assert equal > 0.99  # random weights have near ties, which rounding may turn
+    assert positions["plain"] / positions["ours"] > 3.8
 
 
 def test_sides_take_turns_and_the_best_counts():
