@@ -24,6 +24,7 @@ from tokenflow.checkpoints.text_to_image import (
     convert_text_to_image,
     is_text_to_image_folder,
 )
+from tokenflow.cli import main
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.configuration import ConvSpec, PixelDecoderSpec, PixelFlow, SemanticFlow
 
@@ -139,12 +140,25 @@ def test_it_samples_the_golden_codes(converted):
         )
     assert torch.equal(out.codes.int(), golden["codes"])
     assert [image.size for image in out.images] == [(128, 128)] * 2
+    quantized = pipe.tokenizer.quantized_from_indices(out.codes)
+    torch.testing.assert_close(quantized, golden["f_hat"], atol=1e-5, rtol=0)
 
 
 def test_prompts_cannot_name_visual_tokens(converted):
     pipe = TextToImagePipeline.from_pretrained(converted[0])
     ids, _ = pipe.encode(["a <vq_token_7> in a prompt"])
     assert int(ids.max()) == IDS["pad"]
+
+
+def test_from_the_command_line(released, image_tokenizer, tmp_path, capsys):
+    arguments = ["convert", str(released), str(tmp_path / "out"), "--tokenizer", str(image_tokenizer)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 layers of width 64" in printed
+    assert "32,768 embedding rows of visual tokens" in printed
+    assert (tmp_path / "out/tokenizer/model.safetensors").is_file()
+    assert main(arguments) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
 
 
 def test_bin_shards_in_half_precision(released, image_tokenizer, goldens, tmp_path):

@@ -30,6 +30,7 @@ from tokenflow.generation.modeling import join_prefixes
 from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor
 from tokenflow.generation.prompt import add_pad_token, encode_prompts, marker_ids
 from tokenflow.generation.sampler import SamplingSettings, likely_codes, sample_scales
+from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
 
 IDS = CASE["ids"]
 N = CASE["num_image_tokens"]
@@ -84,6 +85,12 @@ def test_prompt_layout():
     ids, mask = encode_prompts(tokenizer, [case["text"] for case in layouts], 128, opening)
     assert ids.tolist() == [case["inference_ids"] for case in layouts]
     assert torch.equal(mask.bool(), ids != IDS["pad"])
+
+
+def test_pixels_to_bytes():
+    x, y = (torch.tensor(CASE["to_uint8"][name]) for name in "xy")
+    picture = TokenFlowImageProcessor(size=1).postprocess(x.view(1, 1, 1, -1).expand(1, 3, 1, -1))[0]
+    assert np.array_equal(np.asarray(picture)[0, :, 0], y)
 
 
 def test_visual_inputs(model, inputs, golden):

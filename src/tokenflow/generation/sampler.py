@@ -141,12 +141,14 @@ class KnownTokens:
         """The part for some of the prompts."""
         return KnownTokens(self.codes[rows], None if self.mask is None else self.mask[rows])
 
-    def at(self, span: slice) -> tuple[Tensor, Tensor] | None:
+    def at(self, span: slice, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Codes and mask of some positions, or None where nothing is known."""
         if span.start >= self.codes.shape[1]:
             return None
-        codes = self.codes[:, span].long()
-        mask = torch.ones_like(codes, dtype=torch.bool) if self.mask is None else self.mask[:, span]
+        codes = self.codes[:, span].to(device, torch.int64)
+        mask = (
+            torch.ones_like(codes, dtype=torch.bool) if self.mask is None else self.mask[:, span].to(device)
+        )
         return (codes, mask) if mask.any() else None
 
 
@@ -192,7 +194,7 @@ def sample_scales(
     features: Tensor | None
     for position, end in enumerate(ends):
         span = slice(ends[position - 1] if position else 0, end)
-        given = None if known is None else known.at(span)
+        given = None if known is None else known.at(span, device)
         once = position == 0 or (given is not None and bool(given[1].all()))
         t = settings.guidance_at(position, len(ends))
         features = inputs
