@@ -75,6 +75,9 @@ def test_it_starts_from_a_llama():
     torch.testing.assert_close(ours["code_table.codes"], tokenizer.quantizer.quantizer.codes())
     assert not model.code_table.codes.requires_grad
     assert model.model.scale_embedding.weight.std().item() == pytest.approx((3 * 32) ** -0.5, rel=0.2)
+    for linear in (model.model.visual_projector.linear_1, model.model.visual_projector.linear_2):
+        assert linear.weight.std().item() == pytest.approx((3 * linear.in_features) ** -0.5, rel=0.1)
+        assert linear.bias.abs().max() > 0
 
 
 def test_a_tokenizer_with_fewer_tokens_than_the_table(tmp_path):

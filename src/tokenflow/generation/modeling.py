@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 from tokenflow.errors import UserError
 from tokenflow.generation.codes import CodeTable
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
-from tokenflow.generation.decoder import Decoder, VisualProjector
+from tokenflow.generation.decoder import Decoder
 from tokenflow.generation.masks import Segment, block_numbers, dense_mask, flex_mask
 from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor
 from tokenflow.generation.prompt import add_pad_token, marker_ids
@@ -94,11 +94,12 @@ class TokenFlowForTextToImage(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         text = self.config.text_config
-        if isinstance(module, VisualProjector):
-            for linear in (module.linear_1, module.linear_2):  # PyTorch's own defaults
-                init.kaiming_uniform_(linear.weight, a=5**0.5)
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.bias, -bound, bound)
+        # transformers calls this only for modules with parameters of their own: not for the projector itself.
+        projector = self.model.visual_projector
+        if module is projector.linear_1 or module is projector.linear_2:
+            init.kaiming_uniform_(module.weight, a=5**0.5)  # PyTorch's own defaults
+            bound = module.in_features**-0.5
+            init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=text.initializer_range)
             if module.bias is not None:
