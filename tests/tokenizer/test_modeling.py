@@ -166,6 +166,11 @@ def test_raw_bytes_are_refused(model):
         model.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
+def test_other_arrays_are_refused(model, pixels):
+    with pytest.raises(UserError, match="must be a torch tensor, got ndarray; see TokenFlowImageProcessor"):
+        model.encode(pixels.numpy())
+
+
 def test_pixels_that_are_not_finite_are_refused(model, pixels):
     for value, count in (
         (float("nan"), 1),

@@ -178,6 +178,15 @@ def test_answers_are_marked_for_training(make_chat):
     assert processor.decode(marked) == "A boat.<|im_end|>"
 
 
+def test_weights_that_are_missing_are_an_error(make_chat, tmp_path):
+    model, processor = make_chat()
+    kept = {key: value for key, value in model.state_dict().items() if "multi_modal_projector" not in key}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"do not fit its config\.json: 4 missing, first model\.multi_modal"):
+        load(tmp_path)
+
+
 def test_models_that_answer_no_questions_are_refused(small_model_folder):
     with pytest.raises(UserError, match="answers no questions: its config says 'tokenflow', not 'llava'"):
         load(small_model_folder)

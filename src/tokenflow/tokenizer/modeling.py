@@ -228,6 +228,9 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
             UserError: as in `encode`.
         """
         size = self.config.image_size
+        if not isinstance(pixel_values, Tensor):
+            kind = type(pixel_values).__name__
+            raise UserError(f"pixel_values must be a torch tensor, got {kind}; see TokenFlowImageProcessor")
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (3, size, size) or not len(pixel_values):
             raise UserError(
                 f"pixel_values must be [B, 3, {size}, {size}] for this model, got {list(pixel_values.shape)}"
@@ -265,9 +268,9 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         if self.encoders.training:  # may run under the caller's autocast; the search is float32 all the same
             h = self.flow_features(pixel_values)
         else:
-            with no_autocast(pixel_values.device):
+            with no_autocast(self.device):
                 h = self.flow_features(pixel_values)
-        with no_autocast(pixel_values.device):
+        with no_autocast(self.device):
             out = self.quantizer(h)
         return TokenFlowEncoderOutput(indices=out.indices, quantized=out.quantized, losses=out.losses)
 

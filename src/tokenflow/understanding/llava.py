@@ -29,7 +29,7 @@ from tokenflow.errors import UserError
 from tokenflow.names import unknown_name
 from tokenflow.tokenizer.configuration import FeatureStrategy, TokenFlowConfig
 from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
-from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.modeling import TokenFlowModel, check_weights
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = ("plain", "qwen_2_5", "smollm2", "vicuna_v1")
@@ -242,7 +242,7 @@ def load(
             quantizer are float32 in any case.
 
     Raises:
-        UserError: no such model, or another kind of model.
+        UserError: no such model, another kind of model, or weights that are missing or of another shape.
         OSError: a hub name that cannot be fetched.
     """
     folder = resolve(name_or_path)
@@ -251,7 +251,12 @@ def load(
         raise UserError(
             f"{name_or_path} answers no questions: its config says {config.model_type!r}, not 'llava'"
         )
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    model, report = loaded
+    check_weights(name_or_path, "missing", report["missing_keys"])
+    check_weights(name_or_path, "of another shape", [key for key, *_ in report["mismatched_keys"]])
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu")
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)  # type: ignore[arg-type]
+    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
