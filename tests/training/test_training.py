@@ -18,7 +18,6 @@ from tiny_run import log_lines, prepare, tiny_recipe
 from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
 from tokenflow.recipes import RECIPES, recipe
-from tokenflow.recipes.teacher import tokenflow_tiny_teacher
 from tokenflow.training.averaging import WeightAverage
 from tokenflow.training.loop import Trainer, train_tokenizer
 from tokenflow.training.loss_config import LossConfig
@@ -353,8 +352,10 @@ def test_recipes_describe_models_that_can_be_built(name):
     assert recipe(name).output_dir == f"runs/{name}"
 
 
-def test_the_tiny_tokenizer_looks_for_its_teacher_where_the_teacher_is_written():
-    assert recipe("tokenflow-tiny").model.teacher == f"{tokenflow_tiny_teacher().output_dir}/export"
+def test_the_tiny_tokenizer_has_its_teacher_in_the_box():
+    small = recipe("tokenflow-tiny").model
+    teacher = build_teacher(small, build_config(small))
+    assert teacher(torch.zeros(1, 3, 128, 128)).shape == (1, 64, 384)
 
 
 def test_recipes_are_read_without_torch():

@@ -123,26 +123,19 @@ def tokenflow_xl_enhanced() -> TrainRecipe:
 def tokenflow_tiny() -> TrainRecipe:
     """The bundled model: 128 px, 155 tokens, trained on the data packs, on two CPU cores or one GPU.
 
-        tokenflow train teacher tokenflow-tiny-teacher                       # step zero
         tokenflow train tokenizer tokenflow-tiny-pixel --data.sources ...    # its pixel flow alone
         tokenflow train tokenizer tokenflow-tiny --model.init-from runs/tokenflow-tiny-pixel/export \\
+            --model.init-except encoders.semantic semantic_decoders quantizer.quantizer.codebooks.semantic \\
             --data.sources flickr8k/train.parquet@3 flowers102/train.parquet photo_crops/train.parquet \\
             tiny_imagenet/train.parquet
 
     About 15 images a second and CPU core. Neither perceptual loss (on a CPU it takes longer than all the rest
     of a step) nor discriminator: this model is judged by PSNR. Without `--model.init-from` all parts start
-    together, as in the paper; each pixel step then costs twice as much.
+    together, as in the paper; each pixel step then costs twice as much. The teacher is the bundled one; step
+    zero, `tokenflow train teacher tokenflow-tiny-teacher`, makes another.
     """
     return TrainRecipe(
-        model=ModelRecipe(
-            preset="tokenflow-tiny",
-            teacher="runs/tokenflow-tiny-teacher/export",
-            init_except=(
-                "encoders.semantic.",
-                "semantic_decoders.",
-                "quantizer.quantizer.codebooks.semantic",
-            ),
-        ),
+        model=ModelRecipe(preset="tokenflow-tiny", teacher="tokenflow-tiny-teacher"),
         data=DataRecipe(batch_size=64, num_workers=1),
         optimizer=OptimizerRecipe(
             lr=5e-4, muon_lr=2e-3, warmup_steps=30, schedule="cosine", final_lr=0.02, ema_decay=0.99

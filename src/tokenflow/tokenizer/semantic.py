@@ -230,13 +230,17 @@ class SemanticTeacher(nn.Module):
         image_mean: tuple[float, ...] | None = None,
         image_std: tuple[float, ...] | None = None,
     ) -> SemanticTeacher:
-        """A teacher from a transformers vision model's folder or hub name.
+        """A teacher from a transformers vision model: a bundled name, a folder or a hub name.
 
         `image_mean` and `image_std` default to those of the folder's image processor, which the teacher needs
         even where the student sees the pixels as they are.
         """
         from transformers import AutoConfig, CLIPVisionModelWithProjection
 
+        from tokenflow.bundled import bundled_names, bundled_path
+
+        if name_or_path in bundled_names():
+            name_or_path = str(bundled_path(name_or_path))
         config = AutoConfig.from_pretrained(name_or_path)
         config = getattr(config, "vision_config", config)
         if image_mean is None:
