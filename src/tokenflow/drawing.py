@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,7 +190,8 @@ def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
     if options.init_image is not None:
         kept = known_tokens(pipe, options.init_image, options.mask, options.keep_scales)
         drawings = [replace(drawing, known_codes=kept[0], known_mask=kept[1]) for drawing in drawings]
-    _warn_of_cuts(pipe, drawings)
+    negative = drawings[0].negative_prompt
+    warn_of_cuts(pipe, [*(drawing.prompt for drawing in drawings), *([negative] if negative else [])])
     fits = len(drawings) * pipe.tokenizer.config.image_size**2 <= MOST_SHEET_PIXELS
     pictures: list[Image.Image] = []
     for drawing, target, picture in zip(
@@ -228,8 +230,7 @@ def draw(pipe: TextToImagePipeline, drawings: Sequence[Drawing], batch_size: int
         for start in range(0, len(drawings), batch_size):
             batch = drawings[start : start + batch_size]
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".* are cut to ")  # said already, once for all
+                with cuts_were_said():
                     found = pipe(
                         [drawing.prompt for drawing in batch],
                         seed=[drawing.seed for drawing in batch],
@@ -289,14 +290,21 @@ def known_tokens(
     return tuple((known.codes * given)[0].tolist()), tuple(given[0].int().tolist())
 
 
-def _warn_of_cuts(pipe: TextToImagePipeline, drawings: Sequence[Drawing]) -> None:
-    prompts = dict.fromkeys(drawing.prompt for drawing in drawings)
-    negative = drawings[0].negative_prompt
+def warn_of_cuts(pipe: TextToImagePipeline, prompts: Sequence[str]) -> None:
+    """Say on stderr, in one line, how many prompts are too long to be read whole."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipe.encode([*prompts, *([negative] if negative else [])])
+        pipe.encode(list(dict.fromkeys(prompts)))
     for warning in caught:
         print(f"tokenflow: warning: {warning.message}", file=sys.stderr)
+
+
+@contextmanager
+def cuts_were_said() -> Iterator[None]:
+    """No more warnings of long prompts inside the block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* are cut to ")
+        yield
 
 
 def _compare(picture: Image.Image, path: Path) -> str:

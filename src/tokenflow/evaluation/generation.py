@@ -284,7 +284,7 @@ def load_generator(options: GenerationEval) -> tuple[torch.nn.Module, TokenFlowM
         UserError: it cannot be loaded.
     """
     from tokenflow.codec import first_line, load, place
-    from tokenflow.drawing import load_pipeline
+    from tokenflow.drawing import cuts_were_said, load_pipeline
     from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
 
     name = resolve(options.model)
@@ -296,15 +296,16 @@ def load_generator(options: GenerationEval) -> tuple[torch.nn.Module, TokenFlowM
         pipe = load_pipeline(options.model, device=options.device)
 
         def from_prompts(prompts: list[str], _: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
-            codes = pipe(
-                prompts,
-                seed=seeds,
-                guidance_scale=options.guidance_scale,
-                output_type="codes",
-                top_k=how.top_k,
-                top_p=how.top_p,
-            ).codes
-            return decoded(pipe.tokenizer, codes)
+            with cuts_were_said():  # captions longer than the model reads are part of the task
+                drawn = pipe(
+                    prompts,
+                    seed=seeds,
+                    guidance_scale=options.guidance_scale,
+                    top_k=how.top_k,
+                    top_p=how.top_p,
+                    output_type="codes",
+                )
+            return decoded(pipe.tokenizer, drawn.codes)
 
         return pipe.model, pipe.tokenizer, from_prompts
 
