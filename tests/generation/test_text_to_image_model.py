@@ -327,6 +327,14 @@ def test_negative_prompts(model, prompts):
         model.generate_indices(*prompts, empty[0])
 
 
+def test_no_prompts_and_no_batch(model, prompts):
+    with pytest.raises(UserError, match="give at least one prompt"):
+        model.generate_indices(*(x[:0] for x in prompts))
+    for size in (0, -1):
+        with pytest.raises(UserError, match=f"batch_size must be at least 1, got {size}"):
+            model.generate_indices(*prompts, batch_size=size)
+
+
 def test_steps_stream_out(model, prompts):
     steps = list(model.stream_indices(*prompts, seed=0))
     assert [(list(step.rows), step.position) for step in steps] == [

@@ -316,6 +316,10 @@ class TokenFlowForTextToImage(PreTrainedModel):
         """
         settings = SamplingSettings(guidance_scale, top_k, top_p, temperature)
         rows = len(input_ids)
+        if not rows:
+            raise UserError("input_ids has no rows; give at least one prompt")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.code_table.check_set()
         if known is not None:
             known.check(rows, self.code_table)
