@@ -192,3 +192,20 @@ def test_models_that_answer_no_questions_are_refused(small_model_folder):
         load(small_model_folder)
     with pytest.raises(UserError, match="no model folder at /no/chat"):
         load("/no/chat")
+
+
+def test_damaged_folders_are_one_line(make_chat, tmp_path):
+    def refused(message: str, device: str = "cpu") -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load(tmp_path, device=device)
+        assert "\n" not in str(caught.value)
+
+    refused("cannot load model")  # an empty folder
+    model, processor = make_chat()
+    model.save_pretrained(tmp_path)
+    refused("cannot load model")  # no processor
+    processor.save_pretrained(tmp_path)
+    refused("cannot use device 'tpu9'", device="tpu9")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused("cannot load model")

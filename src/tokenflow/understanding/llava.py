@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -243,29 +244,39 @@ def load(
             quantizer are float32 in any case.
 
     Raises:
-        UserError: no such model, another kind of model, or weights that are missing or of another shape.
-        OSError: a hub name that cannot be fetched.
+        UserError: no such model, another kind of model, a folder that is damaged or lacks weights, or no such
+            device.
     """
     folder = resolve(name_or_path)
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "llava":
-        raise UserError(
-            f"{name_or_path} answers no questions: its config says {config.model_type!r}, not 'llava'"
-        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "llava":
+            raise UserError(
+                f"{name_or_path} answers no questions: its config says {config.model_type!r}, not 'llava'"
+            )
+        model, processor = _load(folder, dtype)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load model {name_or_path}: {str(error).splitlines()[0]}") from error
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator() or "cpu")
+    try:
+        return model.to(device).eval(), processor  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def _load(folder: str, dtype: str | torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     if Path(folder, PARTS_FILE).is_file():
         from tokenflow.understanding.parts import load_parts  # which builds on this file
 
         whole = torch.float32 if dtype == "auto" else dtype
-        model, processor = load_parts(folder, getattr(torch, whole) if isinstance(whole, str) else whole)
-        return model.to(_device(device)), processor  # type: ignore[arg-type]
+        return load_parts(folder, getattr(torch, whole) if isinstance(whole, str) else whole)
     loaded: Any = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
     )
     model, report = loaded
-    check_weights(name_or_path, "missing", report["missing_keys"])
-    check_weights(name_or_path, "of another shape", [key for key, *_ in report["mismatched_keys"]])
-    return model.to(_device(device)).eval(), AutoProcessor.from_pretrained(folder)
-
-
-def _device(name: str) -> str:
-    return str(torch.accelerator.current_accelerator() or "cpu") if name == "auto" else name
+    check_weights(folder, "missing", report["missing_keys"])
+    check_weights(folder, "of another shape", [key for key, *_ in report["mismatched_keys"]])
+    return model, AutoProcessor.from_pretrained(folder)
