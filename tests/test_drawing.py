@@ -14,9 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tokenflow.cli import main
-from tokenflow.drawing import MOST_PICTURES, load_pipeline, read_drawing, sampling
+from tokenflow.drawing import MOST_PICTURES, load_pipeline, read_drawing
 from tokenflow.errors import UserError
-from tokenflow.generation.options import GenerateOptions
+from tokenflow.generation.options import GenerateOptions, sampling
 
 
 @pytest.fixture

@@ -188,6 +188,7 @@ def convert(
 
 def generate(options: OmitArgPrefixes[GenerateOptions]) -> None:
     """Draw pictures from text."""
+    options.check()  # before the seconds that loading takes
     from tokenflow import drawing
 
     pictures, notes = drawing.generate(options)

@@ -1,12 +1,19 @@
-"""What `tokenflow generate` can be asked for: plain values, so that `--help` imports nothing heavy."""
+"""What `tokenflow generate` can be asked for: plain values, so that `--help` imports nothing heavy, and the
+checks that need no model, so that mistakes are said at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from tokenflow.errors import UserError
+
+MOST_CHARACTERS = 100_000  # of a prompt: all but the first few hundred are cut off anyway
+STEPS = {1: ((1200,), (0.8,)), 2: ((1200, 1), (0.8, 0.0)), 3: ((1200, 100, 1), (0.8, 0.8, 0.0))}  # Tab. 6
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,72 @@ class GenerateOptions:
     """Of language model and decoder."""
     batch_size: int = 8
     """Pictures at a time; changes the speed and the memory needed, not the pictures."""
+
+    def check(self) -> None:
+        """Raise UserError for prompts and passes that make no sense."""
+        if self.from_ is None:
+            read_prompts(self.text, self.prompts)
+            sampling(self)
+
+
+def read_prompts(text: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a UTF-8 file, one a line.
+
+    Raises:
+        UserError: none at all, an empty or unreadable one, a file that is missing or not UTF-8.
+    """
+    prompts = list(text)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"prompt {number} is empty; say what to draw")
+    if file is not None:
+        prompts += _lines(file)
+    if not prompts:
+        raise UserError('no prompts given; write at least one, such as "a photo of a daisy"')
+    for prompt in prompts:
+        if len(prompt) > MOST_CHARACTERS:
+            raise UserError(f"a prompt has {len(prompt):,} characters; the most is {MOST_CHARACTERS:,}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {prompt!r:.80} is not valid UTF-8 text") from error
+    return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read prompts {file}: {error.strerror}") from error
+    try:
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"prompts {file}: line {line} is not UTF-8; save the file as UTF-8") from error
+    if not any(lines):
+        raise UserError(f"prompts {file}: no prompt in it; write one a line")
+    return [line for line in lines if line]
+
+
+def sampling(options: GenerateOptions) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """`top_k` and `top_p` of each pass, from the three options that decide them.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    given = {
+        "--steps-per-scale": options.steps_per_scale,
+        "--top-k": None if options.top_k is None else len(options.top_k),
+        "--top-p": None if options.top_p is None else len(options.top_p),
+    }
+    passes = {name: count for name, count in given.items() if count is not None}
+    if len(set(passes.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in passes.items())
+        raise UserError(f"these say different numbers of passes: {said}; give one number a pass in each")
+    steps = next(iter(passes.values()), 3)
+    if steps < 1:
+        raise UserError(f"--steps-per-scale must be at least 1, got {steps}")
+    if steps not in STEPS and (options.top_k is None or options.top_p is None):
+        raise UserError(f"{steps} passes a scale need both --top-k and --top-p, {steps} numbers each")
+    top_k, top_p = STEPS.get(steps, ((), ()))
+    return options.top_k or top_k, options.top_p or top_p
