@@ -241,9 +241,7 @@ class TokenFlowForClassToImage(PreTrainedModel):
         self.code_table.take_from(tokenizer)
 
     # training
-    def forward(
-        self, labels: Tensor, codes: Tensor, input_codes: Tensor | None = None
-    ) -> ClassToImageOutput:
+    def forward(self, labels: Tensor, codes: Tensor, input_codes: Tensor | None = None) -> ClassToImageOutput:
         """Cross entropy of all scales at once; in training mode some labels are hidden.
 
         Args:
