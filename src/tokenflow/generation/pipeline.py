@@ -269,7 +269,8 @@ class TextToImagePipeline(PushToHubMixin):
         """Codes `[B, L_k]` (all scales or the first few) to pictures as `output_type` says."""
         if output_type == "codes":
             return codes
-        parts = codes.split(DECODED_AT_A_TIME)
+        # On a CPU one by one, as they are sampled: so a picture's pixels do not depend on its batch either.
+        parts = codes.split(1 if self.device.type == "cpu" else DECODED_AT_A_TIME)
         maps = (self.tokenizer.quantized_from_indices(part) for part in parts)
         pixels = torch.cat([self.tokenizer.decode_pixels(x).float() for x in maps])
         if output_type == "pil":
