@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenflow.checkpoints.released_folder import read_json
 from tokenflow.checkpoints.safe_load import CheckpointError, read_state_dict
 from tokenflow.checkpoints.tokenizer import REPORT_FILE, convert_state_dict
 from tokenflow.errors import UserError
@@ -78,7 +79,7 @@ class UnderstandingReport:
 def is_released_folder(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` is one that `convert_understanding` reads."""
     try:
-        return _read_json(Path(folder, "config.json")).get("model_type") in KINDS
+        return read_json(Path(folder, "config.json")).get("model_type") in KINDS
     except CheckpointError:
         return False
 
@@ -112,7 +113,7 @@ def convert_understanding(
     folder, out = Path(folder), Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; choose another folder or remove it")
-    released = _read_json(folder / "config.json")
+    released = read_json(folder / "config.json")
     if released.get("model_type") not in KINDS:
         raise CheckpointError(
             f"{folder} is no released understanding model: its config says model_type "
@@ -156,20 +157,13 @@ def convert_understanding(
     return report
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
-
-
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of the folder's weight files; those of one kind only, safetensors first."""
     files = next((paths for suffix in _WEIGHT_FILES if (paths := sorted(folder.glob(suffix)))), [])
     if not files:
         raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(_WEIGHT_FILES)}")
     for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        named = set(_read_json(index).get("weight_map", {}).values())
+        named = set(read_json(index).get("weight_map", {}).values())
         if absent := sorted(named - {file.name for file in files}):
             raise CheckpointError(f"{folder} lacks {len(absent)} of its weight files: {absent[0]}")
     weights: dict[str, Tensor] = {}
