@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from command_line import the_error
 from tokenflow.cli import main
 from tokenflow.tokenizer.token_file import load_tokens
 
@@ -36,15 +37,6 @@ def run(small_model_folder, capsys, tmp_path, monkeypatch):
         return code, captured.out, captured.err
 
     return run
-
-
-def the_error(result: tuple[int, str, str]) -> str:
-    code, _, stderr = result
-    line = stderr.strip().splitlines()[-1]
-    assert code == 2
-    assert line.startswith("tokenflow: error: ")
-    assert "Traceback" not in stderr
-    return line
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import the_error
 from tokenflow.cli import main
 from tokenflow.training.loop import TrainResult
 
@@ -32,15 +33,6 @@ def run(small_model_folder, capsys, tmp_path, monkeypatch):
         return code, captured.out, captured.err
 
     return run
-
-
-def the_error(result: tuple[int, str, str]) -> str:
-    code, _, stderr = result
-    line = stderr.strip().splitlines()[-1]
-    assert code == 2, stderr
-    assert line.startswith("tokenflow: error: ")
-    assert "Traceback" not in stderr
-    return line
 
 
 class Harmful:

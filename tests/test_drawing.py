@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from command_line import the_error
 from tokenflow.cli import main
 from tokenflow.drawing import MOST_PICTURES, load_pipeline, read_drawing
 from tokenflow.errors import UserError
@@ -31,15 +32,6 @@ def run(small_pipeline_folder, small_model_folder, capsys, tmp_path, monkeypatch
         return code, captured.out, captured.err
 
     return run
-
-
-def the_error(result: tuple[int, str, str]) -> str:
-    code, _, stderr = result
-    line = stderr.strip().splitlines()[-1]
-    assert code == 2, stderr
-    assert line.startswith("tokenflow: error: ")
-    assert "Traceback" not in stderr
-    return line
 
 
 def pixels(path) -> np.ndarray:
