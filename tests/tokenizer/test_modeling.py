@@ -210,6 +210,7 @@ def test_feature_strategies_are_those_of_the_paper(model, pixels):
     last = encoded.quantized.flatten(2).transpose(1, 2)
     assert torch.equal(features["last"], last)
     assert torch.equal(features["last-semantic"], last[..., :32])
+    assert torch.equal(features["last-pixel"], last[..., 32:])
     assert features["all"].shape == features["all-residual"].shape == (2, 21, 40)
 
     codes = model.quantizer.quantizer.codes().detach()
@@ -486,3 +487,12 @@ def test_llava_takes_the_model_as_its_vision_tower(small_model_folder, tmp_path)
         assert again(input_ids=ids, pixel_values=pixels.bfloat16()).logits.dtype == torch.bfloat16
         expected = llava.model.vision_tower.encode(pixels.bfloat16().float()).indices
         assert torch.equal(tower.encode(pixels.bfloat16()).indices, expected)
+
+
+@pytest.mark.parametrize("strategy", FEATURE_STRATEGIES)
+def test_features_of_known_indices_are_those_of_the_picture(small_model_folder, strategy):
+    model = TokenFlowModel.from_pretrained(small_model_folder)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    features = model.features(pixels, strategy)
+    known = model.features_from_indices(model.encode(pixels).indices.to(torch.uint16), strategy)
+    torch.testing.assert_close(known, features, atol=1e-6, rtol=0)

@@ -54,7 +54,13 @@ def test_the_cache_changes_nothing(make_chat, pictures):
 
 @pytest.mark.parametrize(
     ("strategy", "count", "width"),
-    [("last", 16, 40), ("last-semantic", 16, 32), ("all", 21, 40), ("all-residual", 21, 40)],
+    [
+        ("last", 16, 40),
+        ("last-semantic", 16, 32),
+        ("last-pixel", 16, 8),
+        ("all", 21, 40),
+        ("all-residual", 21, 40),
+    ],
 )
 @torch.no_grad()
 def test_input_strategies_by_configuration(strategy, count, width, make_chat, pictures, tmp_path):

@@ -20,8 +20,9 @@ from tokenflow.errors import UserError
 from tokenflow.names import unknown_name
 from tokenflow.tokenizer.config_checks import check_keys, check_number, check_scales, check_spelling
 
-FeatureStrategy = Literal["last", "last-semantic", "all", "all-residual"]
-FEATURE_STRATEGIES = ("last", "last-semantic", "all", "all-residual")
+FeatureStrategy = Literal["last", "last-semantic", "last-pixel", "all", "all-residual"]
+FEATURE_STRATEGIES = ("last", "last-semantic", "last-pixel", "all", "all-residual")
+_ALL_FLOWS = ("last", "all", "all-residual")  # the strategies that show every flow
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class TokenFlowConfig(PreTrainedConfig):
         prefix_decoding (`float`): share of training images decoded from a random prefix of the scales, so
             that the first scales alone give a picture (progressive decoding, streaming).
         usage_window (`int`): how many recent indices the usage figures look at.
-        feature_strategy: what `forward` returns as a vision tower; the four rows of Tab. 8.
+        feature_strategy: what `forward` returns as a vision tower: a row of Tab. 8, or the pixel flow.
 
     Raises:
         UserError: a value that no tokenizer can have, or a misspelt key, here or in the dicts of flows,
@@ -218,15 +219,19 @@ class TokenFlowConfig(PreTrainedConfig):
             self.pixel_decoder = _plain(decoder if isinstance(decoder, dict) else asdict(decoder))
         self.scales = check_scales(self.scales)
         self._check()
-        self.hidden_size = sum(
-            f.dim for f in self.flow_specs if self.feature_strategy != "last-semantic" or f.kind == "semantic"
-        )
+        self.hidden_size = sum(flow.dim for flow in self.feature_flows)
         super().__post_init__(**kwargs)
 
     @property
     def flow_specs(self) -> list[Flow]:
         """The flows as typed, validated objects."""
         return [FLOW_KINDS[flow["kind"]](**flow) for flow in self.flows]
+
+    @property
+    def feature_flows(self) -> list[Flow]:
+        """The flows that `feature_strategy` shows: all, or those of one kind."""
+        strategy, flows = self.feature_strategy, self.flow_specs
+        return [flow for flow in flows if strategy in (*_ALL_FLOWS, f"last-{flow.kind}")]
 
     @property
     def pixel_decoder_spec(self) -> PixelDecoderSpec | None:
@@ -279,11 +284,10 @@ class TokenFlowConfig(PreTrainedConfig):
                         f"pixel_decoder reads flow {name!r}; the flows are {names}: set pixel_decoder=None, "
                         "or its flows to some of these"
                     )
-        if self.feature_strategy == "last-semantic" and not any(
-            flow["kind"] == "semantic" for flow in self.flows
-        ):
+        if not self.feature_flows:
+            kind = self.feature_strategy.removeprefix("last-")
             raise UserError(
-                "feature_strategy 'last-semantic' needs a semantic flow; this model has no semantic flow"
+                f"feature_strategy 'last-{kind}' needs a {kind} flow; this model has no {kind} flow"
             )
 
     @classmethod

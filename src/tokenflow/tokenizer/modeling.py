@@ -345,30 +345,39 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
 
         Args:
             pixel_values: as in `encode`.
-            strategy: `"last"`: the final quantized map, `[B, g * g, D]`; `"last-semantic"`: its semantic
-                flows' channels; `"all-residual"`: the code vectors of every scale, `[B, L, D]`; `"all"`: the
-                running sum after each scale, area-reduced to that scale, `[B, L, D]`.
+            strategy: `"last"`: the final quantized map, `[B, g * g, D]`; `"last-semantic"` and
+                `"last-pixel"`: the channels of its flows of that kind; `"all-residual"`: the code vectors of
+                every scale, `[B, L, D]`; `"all"`: the running sum after each scale, area-reduced to it.
 
         The same in training mode: a language model around this tower may be training, the tower is not.
 
         Raises:
-            UserError: unknown strategy; "last-semantic" of a model without a semantic flow.
+            UserError: unknown strategy; "last-semantic" of a model without a semantic flow, and so on.
         """
-        if strategy not in FEATURE_STRATEGIES:
-            raise UserError(f"strategy {strategy!r} is not one of {', '.join(FEATURE_STRATEGIES)}")
+        _check_strategy(strategy)
         with as_at_inference(self.encoders, self.quantizer):
             encoded = self.encode(pixel_values)
-        indices, maps = encoded.indices, encoded.quantized
+        return self._features(strategy, encoded.indices, encoded.quantized)
+
+    def features_from_indices(self, indices: Tensor, strategy: FeatureStrategy = "last") -> Tensor:
+        """`features` of images whose indices `[B, L]` are known; errors: as there and in `decode_indices`."""
+        _check_strategy(strategy)
+        maps = self.quantized_from_indices(indices)
+        with no_autocast(indices.device):
+            return self._features(strategy, indices.long(), maps)
+
+    def _features(self, strategy: FeatureStrategy, indices: Tensor, maps: Tensor) -> Tensor:
         if strategy == "all-residual":
             return self.quantizer.quantizer.lookup(indices)
         if strategy == "all":
             sums = self.quantizer.partial_sums(indices)
             reduced = [reduce_area(x, s).flatten(2) for x, s in zip(sums, self.config.scales, strict=True)]
             return torch.cat(reduced, dim=2).transpose(1, 2)
-        if strategy == "last-semantic":
-            names = [flow.name for flow in self.config.flow_specs if flow.kind == "semantic"]
+        if strategy != "last":
+            kind = strategy.removeprefix("last-")
+            names = [flow.name for flow in self.config.flow_specs if flow.kind == kind]
             if not names:
-                raise UserError("strategy 'last-semantic' needs a semantic flow; this model has none")
+                raise UserError(f"strategy {strategy!r} needs a {kind} flow; this model has none")
             parts = self.split_flows(maps)
             maps = torch.cat([parts[name] for name in names], dim=1)
         return maps.flatten(2).transpose(1, 2)
@@ -377,6 +386,11 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         """The vision tower: features of `config.feature_strategy`, in the dtype the model was cast to."""
         features = self.features(pixel_values, self.config.feature_strategy).to(self.decoder_dtype)
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in FEATURE_STRATEGIES:
+        raise UserError(f"strategy {strategy!r} is not one of {', '.join(FEATURE_STRATEGIES)}")
 
 
 def check_weights(name: object, what: str, keys: Collection[str]) -> None:
