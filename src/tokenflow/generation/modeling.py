@@ -192,6 +192,19 @@ class TokenFlowForTextToImage(PreTrainedModel):
         """Copy the code vectors of the image tokenizer; they are frozen and saved with this model."""
         self.code_table.take_from(tokenizer)
 
+    @torch.no_grad()
+    def start_head_from_codes(self) -> None:
+        """Start the codes' rows of the head as one random projection of their code vectors.
+
+        Codes that look alike then begin with alike logits, so what is learned of one helps its neighbours;
+        rows of their own would each need many examples first (docs/training-log.md has the difference).
+        """
+        self.code_table.check_set()
+        vectors = self.code_table.codes - self.code_table.codes.mean(dim=0)
+        head = self.lm_head.weight[self.config.text_vocab_size :]
+        mix = torch.randn(vectors.shape[1], head.shape[1], device=head.device)
+        head.copy_(vectors / vectors.norm(dim=1).mean() @ mix * self.config.text_config.initializer_range)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 

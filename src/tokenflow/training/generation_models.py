@@ -16,7 +16,7 @@ from tokenflow.errors import UserError
 from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 from tokenflow.generation.modeling import TokenFlowForTextToImage
-from tokenflow.generation.pipeline import IMAGE_TOKENIZER
+from tokenflow.generation.pictures import IMAGE_TOKENIZER
 from tokenflow.generation.prompt import encode_prompts, marker_ids
 from tokenflow.training.generation_data import ClassCollator, GenerationRows, PromptCollator
 from tokenflow.training.text_to_image_recipe import ClassModelRecipe, LanguageModelRecipe
@@ -60,7 +60,7 @@ class Generator:
         return to_uint8(tokenizer.decode_pixels(quantized))
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """A folder for `TextToImagePipeline.from_pretrained`; `weights` is a full state dict of the model."""
+        """A folder for `from_pretrained` of a pipeline; `weights` is a full state dict of the model."""
         self.model.save_pretrained(folder, state_dict={name: t.clone() for name, t in weights.items()})
         if self.text_tokenizer is not None:
             self.text_tokenizer.save_pretrained(folder)
@@ -142,6 +142,7 @@ def new_language_model(
         )
     )
     model.set_codebooks(image_tokenizer.model)
+    model.start_head_from_codes()
     return model
 
 
