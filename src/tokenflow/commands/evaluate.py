@@ -32,7 +32,14 @@ def generation(options: OmitArgPrefixes[GenerationEval]) -> None:
 
 
 def vlm(options: OmitArgPrefixes[VlmEval]) -> None:
-    """Measure the answers to questions about pictures: yes/no accuracy and F1, exact match."""
+    """Measure answers to questions about pictures: your own questions, or the benchmarks of Tab. 3."""
+    if options.tasks or options.results is not None:
+        from rich.console import Console
+
+        from tokenflow.evaluation import lmms
+
+        Console(soft_wrap=True).print(lmms.table(lmms.run(options)))
+        return
     from tokenflow.evaluation.vlm import run
 
     _print_result(run(options))

@@ -84,12 +84,15 @@ class SemanticsEval:
 @dataclass(frozen=True)
 class VlmEval:
     """Ask a model the questions of a set and measure its answers: yes/no questions as POPE does (accuracy,
-    F1), all others as GQA does (exact match).
+    F1), all others as GQA does (exact match). Or, with `--tasks`, measure it on the field's benchmarks
+    through lmms-eval and print its row of Tab. 3 below the published ones.
 
     Example: `tokenflow eval vlm --data PACKS/daquar --out result.json`
+
+    Example: `tokenflow eval vlm --model MODEL --tasks all --results results`
     """
 
-    data: str
+    data: str | None = None
     """A set with columns `question` and `answer`, or `questions` and `answers` (a list each), as in
     `eval reconstruction`."""
     model: str = "tokenflow-tiny-chat"
@@ -110,6 +113,16 @@ class VlmEval:
     """Where to write the result as JSON."""
     answers: str | None = None
     """Where to write each question with its answers, expected and given, as JSON lines."""
+    tasks: tuple[str, ...] = ()
+    """In place of `data`: "all" of Tab. 3, or some of SEEDB MMV POPE VQAv2 GQA TQA AI2D RWQA MMMU MMB MME.
+    They run in the environment of `make venv-vlm`."""
+    results: str | None = None
+    """Folder of lmms-eval's result files, by default vlm-results: a task with a result of the same model and
+    limit is not measured again. Without `tasks`, only the table of these files is printed."""
+    include_path: str | None = None
+    """Folder of your own lmms-eval task files, whose names `tasks` then knows too."""
+    vlm_python: str | None = None
+    """Python of the environment that has lmms-eval, if it is another one."""
 
 
 @dataclass(frozen=True)

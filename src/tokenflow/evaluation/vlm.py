@@ -240,6 +240,10 @@ def run(options: VlmEval) -> report.Result:
     """What `tokenflow eval vlm` does: load, ask, score, write the files where asked."""
     from tokenflow.understanding import load
 
+    if options.data is None:
+        raise UserError(
+            "nothing to ask: give --data (your own questions) or --tasks (the field's benchmarks)"
+        )
     if options.batch_size < 1 or options.max_new_tokens < 1:
         raise UserError("--batch-size and --max-new-tokens must be at least 1")
     source = Source(options.data, split=options.split or default_split(options.data))
