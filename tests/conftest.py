@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from small_model import save_small_model
-from small_pipeline import save_small_pipeline
+from small_pipeline import save_small_class_pipeline, save_small_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +26,9 @@ def other_model_folder(tmp_path_factory) -> Path:
 def small_pipeline_folder(tmp_path_factory, small_model_folder) -> Path:
     """Folder of the small text-to-image pipeline, around the small model."""
     return save_small_pipeline(tmp_path_factory.mktemp("models") / "small-t2i", small_model_folder)
+
+
+@pytest.fixture(scope="session")
+def small_class_folder(tmp_path_factory, small_model_folder) -> Path:
+    """Folder of the small class-conditional pipeline, around the small model."""
+    return save_small_class_pipeline(tmp_path_factory.mktemp("models") / "small-var", small_model_folder)

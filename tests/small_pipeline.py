@@ -1,4 +1,4 @@
-"""A text-to-image pipeline of a few thousand random values around the small tokenizer, saved to a folder."""
+"""Pipelines that draw from text and from labels: a few thousand random values around the small tokenizer."""
 
 from __future__ import annotations
 
@@ -44,4 +44,29 @@ def save_small_pipeline(folder: Path, tokenizer_folder: Path, seed: int = 0) -> 
         )
         model = TokenFlowForTextToImage.from_llama(llama, text_tokenizer, tokenizer, max_text_tokens=32)
     TextToImagePipeline(model, text_tokenizer, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_small_class_pipeline(folder: Path, tokenizer_folder: Path, seed: int = 0) -> Path:
+    """The same for five class labels: one layer, with open gates and a head that is not nearly zero."""
+    import torch
+
+    from tokenflow import (
+        ClassToImagePipeline,
+        TokenFlowClassToImageConfig,
+        TokenFlowForClassToImage,
+        TokenFlowModel,
+    )
+
+    tokenizer = TokenFlowModel.from_pretrained(tokenizer_folder)
+    config = TokenFlowClassToImageConfig(depth=1, codebook_size=64, scales=[1, 2, 4], num_classes=5)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = TokenFlowForClassToImage(config)
+    model.set_codebooks(tokenizer)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.adaptation.bias[: block.adaptation.gate_rows] = 0.7
+        model.head.weight.mul_(50)
+    ClassToImagePipeline(model, tokenizer).save_pretrained(folder)
     return folder

@@ -25,7 +25,7 @@ OURS_LAST = "from transformers import LlavaForConditionalGeneration; import toke
 
 LOAD = """
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, LlavaConfig, LlamaConfig
-folder, out = sys.argv[1:]
+folder, out, drawing, classes = sys.argv[1:]
 assert type(AutoConfig.from_pretrained(folder)).__name__ == "TokenFlowConfig"
 assert type(AutoImageProcessor.from_pretrained(folder)).__name__ == "TokenFlowImageProcessor"
 assert type(AutoModel.from_pretrained(folder)).__name__ == "TokenFlowModel"
@@ -37,6 +37,10 @@ config = LlavaConfig(vision_config=vision, text_config=text, **strategy)
 LlavaForConditionalGeneration(config).save_pretrained(out)
 llava = LlavaForConditionalGeneration.from_pretrained(out)
 assert type(llava.model.vision_tower) is tokenflow.TokenFlowModel
+assert type(AutoConfig.from_pretrained(drawing)).__name__ == "TokenFlowTextToImageConfig"
+assert type(AutoModel.from_pretrained(drawing)).__name__ == "TokenFlowForTextToImage"
+assert type(AutoConfig.from_pretrained(classes)).__name__ == "TokenFlowClassToImageConfig"
+assert type(AutoModel.from_pretrained(classes)).__name__ == "TokenFlowForClassToImage"
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "tokenflow.auto"]
 """
 
@@ -53,8 +57,11 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize("imports", [OURS_FIRST, OURS_LAST], ids=["ours first", "ours last"])
-def test_transformers_loads_our_classes_by_name(imports, small_model_folder, tmp_path):
-    run(f"import sys; {imports}{LOAD}", small_model_folder, tmp_path / "llava")
+def test_transformers_loads_our_classes_by_name(
+    imports, small_model_folder, small_pipeline_folder, small_class_folder, tmp_path
+):
+    folders = (small_model_folder, tmp_path / "llava", small_pipeline_folder, small_class_folder)
+    run(f"import sys; {imports}{LOAD}", *folders)
 
 
 def test_unknown_attribute_is_an_attribute_error():

@@ -15,18 +15,21 @@ from PIL.PngImagePlugin import PngInfo
 
 from command_line import the_error
 from tokenflow.cli import main
-from tokenflow.drawing import MOST_PICTURES, load_pipeline, read_drawing
+from tokenflow.drawing import MOST_PICTURES, load_class_pipeline, load_pipeline, read_drawing
 from tokenflow.errors import UserError
 from tokenflow.generation.options import GenerateOptions, sampling
 
 
 @pytest.fixture
-def run(small_pipeline_folder, small_model_folder, capsys, tmp_path, monkeypatch):
-    """Runs a command in an empty folder; `{t2i}` is the small pipeline, `{model}` the small tokenizer."""
+def run(small_pipeline_folder, small_class_folder, small_model_folder, capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty folder; `{t2i}` is the small pipeline, `{var}` the one for labels, `{model}`
+    the small tokenizer."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        folders = {"{t2i}": small_pipeline_folder, "{model}": small_model_folder}
+        folders = {
+            "{t2i}": small_pipeline_folder, "{var}": small_class_folder, "{model}": small_model_folder,
+        }  # fmt: skip
         code = main([str(folders.get(str(a), a)) for a in arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -58,7 +61,7 @@ def test_pictures_grid_and_metadata(run, small_pipeline_folder):
     assert found | {"model": "", "version": ""} == {
         "version": "", "model": "", "prompt": "zwei Hünde", "seed": 6, "guidance_scale": 7.5,
         "top_k": [9, 1], "top_p": [0.8, 0.0], "temperature": 1.0, "negative_prompt": "a dog",
-        "dtype": "float32", "known_codes": [], "known_mask": [],
+        "dtype": "float32", "known_codes": [], "known_mask": [], "label": None,
     }  # fmt: skip
     pipe = load_pipeline(str(small_pipeline_folder))
     expected = pipe(["zwei Hünde"], seed=6, top_k=(9, 1), top_p=(0.8, 0), negative_prompt="a dog")
@@ -83,6 +86,38 @@ def test_a_picture_is_made_again_from_what_it_says(run):
     info.add_itxt("tokenflow", image.text["tokenflow"])
     image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save("changed.png", pnginfo=info)
     assert "not the same picture as changed.png" in run("generate", "--from", "changed.png", "-o", "b")[1]
+
+
+def test_labels_are_drawn_with_the_same_metadata_and_made_again(run, small_class_folder):
+    code, out, err = run("generate", "--labels", 3, 0, "-o", "out", "-m", "{var}", "--num-images", 2)
+    assert code == 0, err
+    names = ["label-3-0.png", "label-3-1.png", "label-0-0.png", "label-0-1.png"]
+    assert out.splitlines() == [*(f"out/{name}" for name in names), "all of them: out/grid.png"]
+    found = metadata("out/label-0-1.png")
+    assert (found["label"], found["prompt"], found["seed"]) == (0, "", 1)
+    assert (found["top_k"], found["top_p"], found["guidance_scale"]) == ([900], [0.96], 1.5)
+    expected = load_class_pipeline(str(small_class_folder))([0], seed=1)
+    np.testing.assert_array_equal(pixels("out/label-0-1.png"), np.asarray(expected.images[0]))
+    code, out, err = run("generate", "--from", "out/label-0-1.png", "-o", "again")
+    assert (code, "the same picture as out/label-0-1.png" in out) == (0, True), err
+    assert metadata("again/label-0-1.png") == found
+    start = ["generate", "--labels", 2, "-o", "vary", "-m", "{var}", "--dtype", "bfloat16"]
+    assert run(*start, "--init-image", "out/label-3-0.png", "--keep-scales", 2)[0] == 0
+    assert metadata("vary/label-2-0.png")["known_mask"] == [1] * 5
+
+
+def test_labels_and_prompts_go_to_the_models_that_draw_from_them(run):
+    labels, out = ["generate", "--labels", 1], ["-o", "out", "-m"]
+    assert "small-t2i draws from prompts; use" in the_error(run(*labels, *out, "{t2i}"))
+    assert "small-var draws from class labels; use" in the_error(run("generate", "a cat", *out, "{var}"))
+    assert "label 5: this model knows 0 to 4" in the_error(run(*labels, 5, *out, "{var}"))
+    assert "label -2: labels count from 0" in the_error(run(*labels, -2, *out, "{var}"))
+    assert "give prompts or --labels, not both" in the_error(
+        run("generate", "a cat", *labels[1:], *out, "{var}")
+    )
+    error = the_error(run(*labels, "--negative-prompt", "x", *out, "{var}"))
+    assert "--negative-prompt goes with prompts" in error
+    assert not list(Path().rglob("*.png"))
 
 
 def test_a_variation_and_a_repainted_picture_say_what_was_kept(run, small_pipeline_folder):
@@ -197,6 +232,8 @@ def test_passes_are_those_of_table_6():
 
     assert chosen() == chosen(steps_per_scale=3) == ((1200, 100, 1), (0.8, 0.8, 0.0))
     assert chosen(steps_per_scale=1) == ((1200,), (0.8,))
+    assert chosen(labels=(1,)) == chosen(labels=(1,), steps_per_scale=1) == ((900,), (0.96,))
+    assert chosen(labels=(1,), steps_per_scale=3) == chosen()
     assert chosen(top_k=(600,)) == ((600,), (0.8,))
     assert chosen(steps_per_scale=2) == ((1200, 1), (0.8, 0.0))
     assert chosen(top_k=(5, 4, 3, 2), top_p=(0.1, 0.2, 0.3, 0.4)) == ((5, 4, 3, 2), (0.1, 0.2, 0.3, 0.4))

@@ -18,6 +18,8 @@ from tokenflow.bundled import bundled_path
 from tokenflow.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
+    from tokenflow.generation.class_pipeline import ClassToImagePipeline
     from tokenflow.generation.configuration import TokenFlowTextToImageConfig
     from tokenflow.generation.modeling import TokenFlowForTextToImage
     from tokenflow.generation.pipeline import TextToImagePipeline
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassToImagePipeline",
     "TextToImagePipeline",
+    "TokenFlowClassToImageConfig",
     "TokenFlowConfig",
+    "TokenFlowForClassToImage",
     "TokenFlowForTextToImage",
     "TokenFlowImageProcessor",
     "TokenFlowModel",
@@ -42,8 +47,11 @@ __all__ = [
 
 _LAZY = {
     "ask": "tokenflow.understanding.ask",
+    "ClassToImagePipeline": "tokenflow.generation.class_pipeline",
     "TextToImagePipeline": "tokenflow.generation.pipeline",
+    "TokenFlowClassToImageConfig": "tokenflow.generation.class_conditional",
     "TokenFlowConfig": "tokenflow.tokenizer.configuration",
+    "TokenFlowForClassToImage": "tokenflow.generation.class_conditional",
     "TokenFlowForTextToImage": "tokenflow.generation.modeling",
     "TokenFlowImageProcessor": "tokenflow.tokenizer.image_processing",
     "TokenFlowModel": "tokenflow.tokenizer.modeling",

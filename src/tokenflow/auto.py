@@ -28,16 +28,21 @@ def register_with_transformers() -> None:
 def _register() -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+    from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
     from tokenflow.generation.configuration import TokenFlowTextToImageConfig
     from tokenflow.generation.modeling import TokenFlowForTextToImage
     from tokenflow.tokenizer.configuration import TokenFlowConfig
     from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
     from tokenflow.tokenizer.modeling import TokenFlowModel
 
-    AutoConfig.register(TokenFlowConfig.model_type, TokenFlowConfig, exist_ok=True)
-    AutoModel.register(TokenFlowConfig, TokenFlowModel, exist_ok=True)
-    AutoConfig.register(TokenFlowTextToImageConfig.model_type, TokenFlowTextToImageConfig, exist_ok=True)
-    AutoModel.register(TokenFlowTextToImageConfig, TokenFlowForTextToImage, exist_ok=True)
+    pairs: tuple[tuple[Any, Any], ...] = (
+        (TokenFlowConfig, TokenFlowModel),
+        (TokenFlowTextToImageConfig, TokenFlowForTextToImage),
+        (TokenFlowClassToImageConfig, TokenFlowForClassToImage),
+    )
+    for config, model in pairs:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
     processors: dict[str, type] = {"pil": TokenFlowImageProcessor}
     AutoImageProcessor.register(TokenFlowConfig, image_processor_classes=processors, exist_ok=True)
 

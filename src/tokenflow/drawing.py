@@ -1,4 +1,4 @@
-"""Prompts to picture files: the work of `tokenflow generate`.
+"""Prompts or class labels to picture files: the work of `tokenflow generate`.
 
 A picture carries in its PNG metadata how it was made, as JSON under "tokenflow": it can be made again.
 """
@@ -26,10 +26,11 @@ from tokenflow.codec import check_writable, first_line, place, spare_inputs
 from tokenflow.data.contact_sheet import contact_sheet
 from tokenflow.data.images import read_image, save_image
 from tokenflow.errors import UserError
-from tokenflow.generation.options import GenerateOptions, read_prompts, sampling
+from tokenflow.generation.options import GUIDANCE, LABEL_GUIDANCE, GenerateOptions, sampling, subjects
 from tokenflow.generation.sampler import KnownTokens, SamplingSettings
 
 if TYPE_CHECKING:
+    from tokenflow.generation.class_pipeline import ClassToImagePipeline
     from tokenflow.generation.pipeline import TextToImagePipeline
 
 METADATA = "tokenflow"
@@ -42,6 +43,8 @@ class Drawing:
     """How one picture is made: all that its metadata hold.
 
     Attributes:
+        prompt: empty for a picture from a class label.
+        label: the class; None for a picture from a prompt.
         known_codes, known_mask: the codes that were given (variation, in-painting), row-major, scales in
             order; the mask is 1 where a code was given. Both empty for a picture from text alone.
     """
@@ -57,13 +60,19 @@ class Drawing:
     dtype: str
     known_codes: tuple[int, ...] = ()
     known_mask: tuple[int, ...] = ()
+    label: int | None = None
+
+    @property
+    def subject(self) -> str:
+        """What is drawn, in words."""
+        return self.prompt if self.label is None else f"label {self.label}"
 
 
 # metadata
 def write_picture(picture: Image.Image, path: Path, drawing: Drawing) -> None:
     """Save a PNG that says how it was made. Raises UserError where it cannot be written."""
     info = PngInfo()
-    info.add_itxt("Description", drawing.prompt)
+    info.add_itxt("Description", drawing.subject)
     info.add_itxt(METADATA, json.dumps({"version": __version__, **asdict(drawing)}, ensure_ascii=False))
     save_image(picture, path, pnginfo=info, optimize=True)
 
@@ -93,6 +102,7 @@ def read_drawing(path: Path) -> Drawing:
             dtype=str(found["dtype"]),
             known_codes=tuple(int(code) for code in found["known_codes"]),
             known_mask=tuple(int(bit) for bit in found["known_mask"]),
+            label=None if found.get("label") is None else int(found["label"]),
             **numbers,
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -121,12 +131,10 @@ def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
     check_writable(targets[0])
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
-    pipe = load_pipeline(drawings[0].model, device=options.device, dtype=drawings[0].dtype)
+    pipe = _pipeline_for(drawings, options.device)
     if options.init_image is not None:
         kept = known_tokens(pipe, options.init_image, options.mask, options.keep_scales)
         drawings = [replace(drawing, known_codes=kept[0], known_mask=kept[1]) for drawing in drawings]
-    negative = drawings[0].negative_prompt
-    warn_of_cuts(pipe, [*(drawing.prompt for drawing in drawings), *([negative] if negative else [])])
     fits = len(drawings) * pipe.tokenizer.config.image_size**2 <= MOST_SHEET_PIXELS
     pictures: list[Image.Image] = []
     for drawing, target, picture in zip(
@@ -142,14 +150,16 @@ def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
         return targets, [f"no {grid}: {len(drawings):,} pictures are too many for one sheet"]
     columns = options.num_images
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    captions = [drawing.prompt for drawing in drawings[::columns]]
+    captions = [drawing.subject for drawing in drawings[::columns]]
     titles = [f"seed {drawing.seed}" for drawing in drawings[:columns]]
     save_image(contact_sheet(rows, captions, titles), grid, optimize=True)
     return targets, [f"all of them: {grid}"]
 
 
 @torch.inference_mode()
-def draw(pipe: TextToImagePipeline, drawings: Sequence[Drawing], batch_size: int) -> Iterator[Image.Image]:
+def draw(
+    pipe: TextToImagePipeline | ClassToImagePipeline, drawings: Sequence[Drawing], batch_size: int
+) -> Iterator[Image.Image]:
     """The pictures of `drawings`, which share all settings, behind a progress bar.
 
     Raises:
@@ -164,18 +174,23 @@ def draw(pipe: TextToImagePipeline, drawings: Sequence[Drawing], batch_size: int
     with tqdm(total=scales * len(drawings), desc="generate", unit="scale", disable=None) as bar:
         for start in range(0, len(drawings), batch_size):
             batch = drawings[start : start + batch_size]
+            what: Any = [drawing.label for drawing in batch]
+            how: dict[str, Any] = {}
+            if first.label is None:
+                what = [drawing.prompt for drawing in batch]
+                how["negative_prompt"] = first.negative_prompt
             try:
                 with cuts_were_said():
                     found = pipe(
-                        [drawing.prompt for drawing in batch],
+                        what,
                         seed=[drawing.seed for drawing in batch],
-                        negative_prompt=first.negative_prompt,
                         guidance_scale=first.guidance_scale,
                         top_k=first.top_k,
                         top_p=first.top_p,
                         temperature=first.temperature,
                         known=known,
                         callback=lambda preview: bar.update(len(preview.rows)),
+                        **how,
                     )
             except (MemoryError, RuntimeError) as error:
                 if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -186,6 +201,19 @@ def draw(pipe: TextToImagePipeline, drawings: Sequence[Drawing], batch_size: int
             yield from found.images
 
 
+def _pipeline_for(drawings: Sequence[Drawing], device: str) -> TextToImagePipeline | ClassToImagePipeline:
+    """The pipeline of `drawings`, which share a model, after a look at all prompts or labels."""
+    first = drawings[0]
+    if first.label is not None:
+        classes = load_class_pipeline(first.model, device=device, dtype=first.dtype)
+        classes.check_labels([drawing.label for drawing in drawings if drawing.label is not None])
+        return classes
+    pipe = load_pipeline(first.model, device=device, dtype=first.dtype)
+    negative = [first.negative_prompt] if first.negative_prompt else []
+    warn_of_cuts(pipe, [*(drawing.prompt for drawing in drawings), *negative])
+    return pipe
+
+
 def load_pipeline(name: str, *, device: str = "auto", dtype: str = "float32") -> TextToImagePipeline:
     """Load a text-to-image model by bundled name, folder or hub name.
 
@@ -194,8 +222,19 @@ def load_pipeline(name: str, *, device: str = "auto", dtype: str = "float32") ->
     """
     from tokenflow.generation.pipeline import TextToImagePipeline
 
+    return _load(TextToImagePipeline, name, device, dtype)
+
+
+def load_class_pipeline(name: str, *, device: str = "auto", dtype: str = "float32") -> ClassToImagePipeline:
+    """The same for a class-conditional model."""
+    from tokenflow.generation.class_pipeline import ClassToImagePipeline
+
+    return _load(ClassToImagePipeline, name, device, dtype)
+
+
+def _load(kind: Any, name: str, device: str, dtype: str) -> Any:
     try:
-        pipe = TextToImagePipeline.from_pretrained(name, dtype=getattr(torch, dtype))
+        pipe = kind.from_pretrained(name, dtype=getattr(torch, dtype))
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -206,7 +245,7 @@ def load_pipeline(name: str, *, device: str = "auto", dtype: str = "float32") ->
 
 
 def known_tokens(
-    pipe: TextToImagePipeline, image: Path, mask: Path | None, scales: int | None
+    pipe: TextToImagePipeline | ClassToImagePipeline, image: Path, mask: Path | None, scales: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Codes to keep of a picture and where: outside a mask, or its first scales (by default half of them).
 
@@ -251,27 +290,27 @@ def _compare(picture: Image.Image, path: Path) -> str:
 
 
 def wanted(options: GenerateOptions) -> list[Drawing]:
-    """The pictures that the options ask for, prompt by prompt, each from all its seeds.
+    """The pictures that the options ask for, subject by subject, each from all its seeds.
 
     Raises:
         UserError: a number out of range, too many pictures, options that contradict each other.
     """
-    prompts = read_prompts(options.text, options.prompts)
+    found = subjects(options)
     count, seed = options.num_images, options.seed
     if count < 1:
         raise UserError(f"--num-images must be at least 1, got {count}")
     if not 0 <= seed <= 2**63 - count:
         raise UserError(f"--seed must be from 0 to 2^63 - {count}, got {seed}")
-    if len(prompts) * count > MOST_PICTURES:
+    if len(found) * count > MOST_PICTURES:
         raise UserError(
-            f"{len(prompts) * count:,} pictures are too many for one run; draw at most {MOST_PICTURES:,}"
+            f"{len(found) * count:,} pictures are too many for one run; draw at most {MOST_PICTURES:,}"
         )
     if options.init_image is None and (options.mask or options.keep_scales is not None):
         raise UserError("--mask and --keep-scales say what to keep of a picture; give --init-image too")
     top_k, top_p = sampling(options)
     shared: dict[str, Any] = {
         "model": options.model,
-        "guidance_scale": options.guidance_scale,
+        "guidance_scale": _guidance(options),
         "top_k": top_k,
         "top_p": top_p,
         "temperature": options.temperature,
@@ -280,7 +319,17 @@ def wanted(options: GenerateOptions) -> list[Drawing]:
     }
     # Wrong numbers are said now, not after loading the model.
     SamplingSettings(shared["guidance_scale"], top_k, top_p, shared["temperature"])
-    return [Drawing(prompt, seed + i, **shared) for prompt in prompts for i in range(count)]
+    each: list[dict[str, Any]] = [
+        {"prompt": "", "label": subject} if isinstance(subject, int) else {"prompt": subject}
+        for subject in found
+    ]
+    return [Drawing(**subject, seed=seed + i, **shared) for subject in each for i in range(count)]
+
+
+def _guidance(options: GenerateOptions) -> float:
+    if options.guidance_scale is not None:
+        return options.guidance_scale
+    return LABEL_GUIDANCE if options.labels else GUIDANCE
 
 
 def again(options: GenerateOptions) -> Drawing:
@@ -301,11 +350,11 @@ def again(options: GenerateOptions) -> Drawing:
 
 
 def _targets(folder: Path, drawings: Sequence[Drawing]) -> list[Path]:
-    """A PNG path a picture: the prompt's words and the seed; equal ones get a number."""
+    """A PNG path a picture: the subject's words and the seed; equal ones get a number."""
     taken: set[str] = set()
     targets = []
     for drawing in drawings:
-        words = re.sub(r"\W+", "-", drawing.prompt[:200].lower()).strip("-")
+        words = re.sub(r"\W+", "-", drawing.subject[:200].lower()).strip("-")
         while len(words.encode()) > 60:  # file systems count bytes
             words = words[:-1]
         stem = name = f"{words.strip('-') or 'picture'}-{drawing.seed}"

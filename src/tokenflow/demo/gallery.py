@@ -14,7 +14,8 @@ from tokenflow.bundled import bundled_names
 from tokenflow.drawing import load_pipeline
 
 if TYPE_CHECKING:
-    from tokenflow.generation.pipeline import TextToImagePipeline, TextToImagePipelineOutput
+    from tokenflow.generation.pictures import ImagePipelineOutput
+    from tokenflow.generation.pipeline import TextToImagePipeline
 
 BUNDLED = "tokenflow-tiny-t2i"
 # From what the bundled model was trained on: flowers first, the narrowest domain.
@@ -72,7 +73,7 @@ def draw_gallery(
     return Gallery(model, list(prompts), list(seeds), pictures, stages, scales, seconds)
 
 
-def growing(pipe: TextToImagePipeline, drawn: TextToImagePipelineOutput) -> list[Image.Image]:
+def growing(pipe: TextToImagePipeline, drawn: ImagePipelineOutput) -> list[Image.Image]:
     """The first of some pictures, decoded from its first 1, 2, ... scales."""
     codes, stages = drawn.codes[:1], []
     for k in range(1, len(pipe.model.config.scales)):

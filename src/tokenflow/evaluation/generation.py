@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -283,42 +282,43 @@ def load_generator(options: GenerationEval) -> tuple[torch.nn.Module, TokenFlowM
     Raises:
         UserError: it cannot be loaded.
     """
-    from tokenflow.codec import first_line, load, place
-    from tokenflow.drawing import cuts_were_said, load_pipeline
-    from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
+    from tokenflow.drawing import cuts_were_said, load_class_pipeline, load_pipeline
+    from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig
+    from tokenflow.generation.pictures import model_kind
 
-    name = resolve(options.model)
-    try:
-        found, _ = TokenFlowClassToImageConfig.get_config_dict(name)
-    except OSError as error:
-        raise UserError(f"cannot load model {options.model}: {first_line(error)}") from error
-    if found.get("model_type") != TokenFlowClassToImageConfig.model_type:
-        pipe = load_pipeline(options.model, device=options.device)
+    if model_kind(resolve(options.model)) == TokenFlowClassToImageConfig.model_type:
+        classes = load_class_pipeline(options.model, device=options.device)
 
-        def from_prompts(prompts: list[str], _: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
-            with cuts_were_said():  # captions longer than the model reads are part of the task
-                drawn = pipe(
-                    prompts,
-                    seed=seeds,
-                    guidance_scale=options.guidance_scale,
-                    top_k=how.top_k,
-                    top_p=how.top_p,
-                    output_type="codes",
-                )
-            return decoded(pipe.tokenizer, drawn.codes)
+        def from_labels(_: list[str], labels: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
+            if labels is None:
+                raise UserError(f"{options.data} has no labels; a class-conditional model draws from them")
+            drawn = classes(
+                labels.tolist(),
+                seed=seeds,
+                guidance_scale=options.guidance_scale,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                output_type="codes",
+            )
+            return decoded(classes.tokenizer, drawn.codes)
 
-        return pipe.model, pipe.tokenizer, from_prompts
+        return classes.model, classes.tokenizer, from_labels
 
-    model = place(TokenFlowForClassToImage.from_pretrained(name).eval(), options.device, "float32")
-    tokenizer = load(str(Path(name) / "tokenizer"), device=options.device).model
+    pipe = load_pipeline(options.model, device=options.device)
 
-    def from_labels(_: list[str], labels: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
-        if labels is None:
-            raise UserError(f"{options.data} has no labels; a class-conditional model draws from them")
-        sampling = {"top_k": how.top_k, "top_p": how.top_p, "guidance_scale": options.guidance_scale}
-        return decoded(tokenizer, model.generate_indices(labels, seed=seeds, **sampling))
+    def from_prompts(prompts: list[str], _: Tensor | None, seeds: list[int], how: Strategy) -> Tensor:
+        with cuts_were_said():  # captions longer than the model reads are part of the task
+            drawn = pipe(
+                prompts,
+                seed=seeds,
+                guidance_scale=options.guidance_scale,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                output_type="codes",
+            )
+        return decoded(pipe.tokenizer, drawn.codes)
 
-    return model, tokenizer, from_labels
+    return pipe.model, pipe.tokenizer, from_prompts
 
 
 def decoded(tokenizer: TokenFlowModel, codes: Tensor) -> Tensor:

@@ -236,6 +236,15 @@ class TokenFlowForClassToImage(PreTrainedModel):
             init.zeros_(module.v_bias)
             init.constant_(module.log_temperature, math.log(FIRST_TEMPERATURE))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; names of bundled models come first, and weights are loaded as float32 unless
+        `dtype` says otherwise."""
+        from tokenflow.bundled import resolve
+
+        kwargs.setdefault("dtype", torch.float32)
+        return super().from_pretrained(resolve(pretrained_model_name_or_path), *args, **kwargs)
+
     def set_codebooks(self, tokenizer: TokenFlowModel) -> None:
         """Copy the code vectors of the image tokenizer; they are frozen and saved with this model."""
         self.code_table.take_from(tokenizer)

@@ -14,11 +14,13 @@ from tokenflow.errors import UserError
 
 MOST_CHARACTERS = 100_000  # of a prompt: all but the first few hundred are cut off anyway
 STEPS = {1: ((1200,), (0.8,)), 2: ((1200, 1), (0.8, 0.0)), 3: ((1200, 100, 1), (0.8, 0.8, 0.0))}  # Tab. 6
+LABEL_STEPS = STEPS | {1: ((900,), (0.96,))}  # VAR's
+GUIDANCE, LABEL_GUIDANCE = 7.5, 1.5
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Draw pictures from text: one PNG each and grid.png in a folder.
+    """Draw pictures from text or class labels: one PNG each and grid.png in a folder.
 
     Each PNG says in its metadata how it was made; `--from IMAGE.png` makes it again.
 
@@ -31,20 +33,23 @@ class GenerateOptions:
     """What to draw. Only the beginning of a very long prompt is read; a warning says where it was cut."""
     prompts: Path | None = None
     """A UTF-8 text file with further prompts, one a line; empty lines do not count."""
+    labels: tuple[int, ...] = ()
+    """Class labels in place of prompts, for a class-conditional model (`train text-to-image var-d16`)."""
     model: Annotated[str, arg(aliases=["-m"])] = "tokenflow-tiny-t2i"
     """A bundled name, a folder, or a hub name."""
     num_images: int = 1
-    """Pictures for each prompt; picture i is made from seed + i."""
+    """Pictures for each prompt or label; picture i is made from seed + i."""
     seed: int = 0
     """Same seed, same picture, whatever else is drawn beside it."""
-    guidance_scale: float = 7.5
-    """How closely to follow the prompt; 0 is twice as fast and follows it least."""
+    guidance_scale: float | None = None
+    """How closely to follow the prompt, by default 7.5 (labels: 1.5); 0 is twice as fast, and loosest."""
     steps_per_scale: int | None = None
-    """Sampling passes at each scale after the first, by default 3 (1 to 3; more with --top-k and --top-p)."""
+    """Sampling passes at each scale after the first, by default 3 (labels: 1); more than 3 with --top-k
+    and --top-p."""
     top_k: tuple[int, ...] | None = None
-    """How many codes to choose from, one number a pass, by default 1200 100 1; 0 is all."""
+    """How many codes to choose from, one number a pass, by default 1200 100 1 (labels: 900); 0 is all."""
     top_p: tuple[float, ...] | None = None
-    """The probability they must share, one number a pass, by default 0.8 0.8 0; 0 is all."""
+    """The probability they must share, one number a pass, by default 0.8 0.8 0 (labels: 0.96); 0 is all."""
     temperature: float = 1.0
     """0 always takes the likeliest code."""
     negative_prompt: str | None = None
@@ -65,10 +70,27 @@ class GenerateOptions:
     """Pictures at a time; changes the speed and the memory needed, not the pictures."""
 
     def check(self) -> None:
-        """Raise UserError for prompts and passes that make no sense."""
+        """Raise UserError for prompts, labels and passes that make no sense."""
         if self.from_ is None:
-            read_prompts(self.text, self.prompts)
+            subjects(self)
             sampling(self)
+
+
+def subjects(options: GenerateOptions) -> list[str] | list[int]:
+    """What to draw: prompts, or class labels.
+
+    Raises:
+        UserError: both, a negative label, or what goes with prompts only; see `read_prompts`.
+    """
+    if not options.labels:
+        return read_prompts(options.text, options.prompts)
+    if options.text or options.prompts is not None:
+        raise UserError("give prompts or --labels, not both: a model draws from one of them")
+    if options.negative_prompt is not None:
+        raise UserError("--negative-prompt goes with prompts, not with --labels")
+    if min(options.labels) < 0:
+        raise UserError(f"label {min(options.labels)}: labels count from 0")
+    return list(options.labels)
 
 
 def read_prompts(text: Sequence[str], file: Path | None) -> list[str]:
@@ -84,7 +106,7 @@ def read_prompts(text: Sequence[str], file: Path | None) -> list[str]:
     if file is not None:
         prompts += _lines(file)
     if not prompts:
-        raise UserError('no prompts given; write at least one, such as "a photo of a daisy"')
+        raise UserError('no prompts given; write at least one, such as "a photo of a daisy", or --labels')
     for prompt in prompts:
         if len(prompt) > MOST_CHARACTERS:
             raise UserError(f"a prompt has {len(prompt):,} characters; the most is {MOST_CHARACTERS:,}")
@@ -125,10 +147,11 @@ def sampling(options: GenerateOptions) -> tuple[tuple[int, ...], tuple[float, ..
     if len(set(passes.values())) > 1:
         said = ", ".join(f"{name} {count}" for name, count in passes.items())
         raise UserError(f"these say different numbers of passes: {said}; give one number a pass in each")
-    steps = next(iter(passes.values()), 3)
+    known = LABEL_STEPS if options.labels else STEPS
+    steps = next(iter(passes.values()), 1 if options.labels else 3)
     if steps < 1:
         raise UserError(f"--steps-per-scale must be at least 1, got {steps}")
-    if steps not in STEPS and (options.top_k is None or options.top_p is None):
+    if steps not in known and (options.top_k is None or options.top_p is None):
         raise UserError(f"{steps} passes a scale need both --top-k and --top-p, {steps} numbers each")
-    top_k, top_p = STEPS.get(steps, ((), ()))
+    top_k, top_p = known.get(steps, ((), ()))
     return options.top_k or top_k, options.top_p or top_p
