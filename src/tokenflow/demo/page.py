@@ -12,6 +12,7 @@ from string import Template
 from PIL import Image
 
 from tokenflow.demo import SAMPLES, Demonstration, Shown
+from tokenflow.demo.answers import BUNDLED, Answers
 from tokenflow.demo.gallery import Gallery
 from tokenflow.files import atomic_write
 
@@ -42,6 +43,7 @@ def write_page(found: Demonstration, path: Path) -> None:
         meanings="" if found.two_meanings else "hidden",
         semantic="" if found.class_count else "hidden",
         cards="\n".join(_card(found, shown) for shown in found.shown),
+        answers="" if found.answers is None else _answers(found.answers),
         gallery="" if found.gallery is None else _gallery(found.gallery),
         credits="" if {shown.name for shown in found.shown} <= known else "hidden",
     )
@@ -78,6 +80,30 @@ def _card(found: Demonstration, shown: Shown) -> str:
 </div>
 <div class="steps">{"".join(steps)}</div>
 </article>"""
+
+
+def _answers(answers: Answers | str) -> str:
+    if isinstance(answers, str):
+        missing = f"<p><code>{BUNDLED}</code> answers questions about pictures. {escape(answers)}</p>"
+        return f"<section>\n<h2>Questions and answers</h2>\n{missing}\n</section>"
+    cards = []
+    for name, picture, said in zip(answers.names, answers.pictures, answers.answers, strict=True):
+        turns = "".join(
+            f"<dt>{escape(question)}</dt><dd>{escape(answer) or '&hellip;'}</dd>"
+            for question, answer in zip(answers.questions, said, strict=True)
+        )
+        title = escape(name.replace("-", " ").replace("_", " "))
+        cards.append(f"<article><figure>{_img(picture, title)}</figure><dl>{turns}</dl></article>")
+    return f"""<section>
+<h2>Questions and answers</h2>
+<p>In the model <code>{escape(answers.model)}</code> a small language model reads the vectors of a
+photograph's tokens. Each question is asked by itself; shown is its likeliest answer, right or wrong, and none
+is left out. One took {answers.seconds:.1f} s on this machine. <code>tokenflow ask photo.jpg
+"{escape(answers.questions[0])}"</code> asks about your own.</p>
+<div class="answers">
+{"".join(cards)}
+</div>
+</section>"""
 
 
 def _gallery(gallery: Gallery) -> str:

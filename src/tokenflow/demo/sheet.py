@@ -1,29 +1,47 @@
-"""The demo as one picture: a row a photograph, from the original over its scales to the reconstruction."""
+"""The demo as one picture: a row a photograph, from the original over its scales to the reconstruction; then
+answers about the photographs, and pictures from text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tokenflow.data.images import save_image
 from tokenflow.demo import Demonstration, Shown
+from tokenflow.demo.answers import Answers
 from tokenflow.demo.gallery import Gallery
 
-CELL, GAP, MARGIN, HEADER, CAPTION = 128, 10, 24, 64, 26
+CELL, GAP, MARGIN, HEADER, CAPTION, LINE = 128, 10, 24, 64, 26, 18
 INK, GREY = (24, 28, 36), (110, 116, 128)
+ANSWER_COLUMNS = 4  # a photograph and, in the width of three more, what was said about it
 
 
 def write_sheet(found: Demonstration, path: Path) -> None:
     """Draw `found` and save it. Raises UserError where `path` cannot be written."""
     columns = 2 + len(found.scales)
+    parts = [_photographs(found, columns)]
+    if isinstance(found.answers, Answers):
+        parts.append(_answers(found.answers, columns))
+    if found.gallery is not None:
+        parts.append(_gallery(found.gallery, columns))
+    sheet = Image.new("RGB", (parts[0].width, sum(part.height for part in parts) + MARGIN), "white")
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
+    save_image(sheet, path, optimize=True)
+
+
+def _part(columns: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A part of the sheet: what lies below its heading is so high."""
     width = 2 * MARGIN + columns * (CELL + GAP) + GAP  # one gap more sets the last two columns apart
-    height = HEADER + len(found.shown) * (CELL + CAPTION + GAP) + MARGIN
-    drawn = None if found.gallery is None else gallery_rows(found.gallery, columns)
-    if drawn is not None:
-        height += HEADER + len(drawn) * (CELL + CAPTION + GAP)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
+    part = Image.new("RGB", (width, HEADER + height), "white")
+    return part, ImageDraw.Draw(part)
+
+
+def _photographs(found: Demonstration, columns: int) -> Image.Image:
+    part, draw = _part(columns, len(found.shown) * (CELL + CAPTION + GAP))
     side = found.scales[-1]
     titles = ["original", *(_tokens_so_far(found.scales, k) for k in range(1, len(found.scales)))]
     titles += [f"all {found.token_count} tokens", f"the last {side} x {side} tokens"]
@@ -34,19 +52,49 @@ def write_sheet(found: Demonstration, path: Path) -> None:
         pictures = [shown.original, *shown.stages, token_map(found, shown, len(found.scales) - 1)]
         for column, picture in enumerate(pictures):
             resample = Image.Resampling.NEAREST if column == columns - 1 else Image.Resampling.BICUBIC
-            sheet.paste(picture.resize((CELL, CELL), resample), (_left(column, columns), top))
+            part.paste(picture.resize((CELL, CELL), resample), (_left(column, columns), top))
         draw.text((MARGIN, top + CELL + 5), _caption(shown), GREY, _font(14))
-    if found.gallery is not None and drawn is not None:
-        top = HEADER + len(found.shown) * (CELL + CAPTION + GAP)
-        title = f"pictures from text, drawn by {found.gallery.model}"
-        draw.text((MARGIN, top + HEADER - 12), title, INK, _font(18), anchor="ls")
-        for row, cells in enumerate(drawn):
-            below = top + HEADER + row * (CELL + CAPTION + GAP)
-            for column, (picture, caption) in cells.items():
-                left = MARGIN + column * (CELL + GAP)
-                sheet.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, below))
-                draw.text((left, below + CELL + 5), caption, GREY, _font(14))
-    save_image(sheet, path, optimize=True)
+    return part
+
+
+def _answers(answers: Answers, columns: int) -> Image.Image:
+    """Each photograph with its questions and answers beside it; as many in a row as fit."""
+    beside = max(1, columns // ANSWER_COLUMNS)
+    width = (min(columns, ANSWER_COLUMNS) - 1) * (CELL + GAP) - 2 * GAP
+    blocks = []
+    for said in answers.answers:
+        lines: list[tuple[str, tuple[int, int, int]]] = []
+        for question, answer in zip(answers.questions, said, strict=True):
+            lines += [(line, GREY) for line in _wrapped(question, width)]
+            lines += [(line, INK) for line in _wrapped(answer, width)]
+        blocks.append(lines)
+    rows = [blocks[i : i + beside] for i in range(0, len(blocks), beside)]
+    heights = [max(CELL, *(len(lines) * LINE for lines in row)) + CAPTION for row in rows]
+    part, draw = _part(columns, sum(heights))
+    _heading(draw, f"questions about the photographs, answered by {answers.model}")
+    top = HEADER
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        for k, lines in enumerate(row):
+            left = MARGIN + k * ANSWER_COLUMNS * (CELL + GAP)
+            picture = ImageOps.pad(answers.pictures[i * beside + k], (CELL, CELL), color="white")
+            part.paste(picture, (left, top))
+            for n, (line, colour) in enumerate(lines):
+                draw.text((left + CELL + 2 * GAP, top + n * LINE), line, colour, _font(14))
+        top += height
+    return part
+
+
+def _gallery(gallery: Gallery, columns: int) -> Image.Image:
+    drawn = gallery_rows(gallery, columns)
+    part, draw = _part(columns, len(drawn) * (CELL + CAPTION + GAP))
+    _heading(draw, f"pictures from text, drawn by {gallery.model}")
+    for row, cells in enumerate(drawn):
+        top = HEADER + row * (CELL + CAPTION + GAP)
+        for column, (picture, caption) in cells.items():
+            left = MARGIN + column * (CELL + GAP)
+            part.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (left, top))
+            draw.text((left, top + CELL + 5), caption, GREY, _font(14))
+    return part
 
 
 def gallery_rows(gallery: Gallery, columns: int) -> list[dict[int, tuple[Image.Image, str]]]:
@@ -75,6 +123,22 @@ def token_map(found: Demonstration, shown: Shown, scale: int) -> Image.Image:
 def _tokens_so_far(scales: list[int], k: int) -> str:
     count = sum(side * side for side in scales[:k])
     return f"{count} token{'s' if count > 1 else ''}"
+
+
+def _heading(draw: ImageDraw.ImageDraw, text: str) -> None:
+    draw.text((MARGIN, HEADER - 12), text, INK, _font(18), anchor="ls")
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The words of `text` in lines of at most so many pixels; a word that is longer has a line of its own."""
+    lines: list[str] = []
+    font = _font(14)
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _caption(shown: Shown) -> str:

@@ -19,7 +19,7 @@ import transformers
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tokenflow.errors import UserError
+from tokenflow.errors import NotInstalledError, UserError
 from tokenflow.files import atomic_folder
 
 
@@ -27,7 +27,8 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Pre
     """The causal language model of a GGUF file, with plain weights of `dtype`, and its tokenizer.
 
     Raises:
-        UserError: no such file or none that transformers reads; gguf or accelerate is not installed.
+        UserError: no such file, or none that transformers reads.
+        NotInstalledError: gguf or accelerate is missing.
     """
     file = Path(file)
     try:
@@ -68,7 +69,9 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any
 def _unpack(file: Path) -> tuple[PreTrainedModel, Any]:
     for needed in ("gguf", "accelerate"):
         if importlib.util.find_spec(needed) is None:
-            raise UserError(f"reading {file.name} needs {needed}: pip install 'tokenflow-vision[chat]'")
+            raise NotInstalledError(
+                f"reading {file.name} needs {needed}: pip install 'tokenflow-vision[chat]'"
+            )
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

