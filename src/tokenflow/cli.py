@@ -27,6 +27,7 @@ from tokenflow.names import unknown_name
 from tokenflow.recipes import RECIPES
 from tokenflow.recipes.teacher import TEACHER_RECIPES
 from tokenflow.recipes.text_to_image import GENERATION_RECIPES
+from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
 
 # A command, or a dict of commands by the next word.
 COMMANDS: dict[str, Any] = {
@@ -40,9 +41,11 @@ COMMANDS: dict[str, Any] = {
     "info": tokenizer.info,
     "convert": tokenizer.convert,
     "tokenize": generation.tokenize,
+    "questions": understanding.questions,
     "train": {
         "tokenizer": train.by_recipe(RECIPES, train.tokenizer),
         "text-to-image": train.by_recipe(GENERATION_RECIPES, train.text_to_image),
+        "understanding": train.by_recipe(UNDERSTANDING_RECIPES, train.understanding),
         "teacher": train.by_recipe(TEACHER_RECIPES, train.teacher),
     },
     "eval": {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from tokenflow.commands.options import Images, Model
+from tokenflow.commands.options import Images, Model, Output
 
 
 def ask(
@@ -61,3 +61,28 @@ def chat(
 
     options = {"model": model, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     console.chat(images, **options, device=device)  # type: ignore[arg-type]
+
+
+def questions(
+    sets: Positional[Annotated[tuple[str, ...], arg(metavar="SET ...")]],
+    /,
+    *,
+    output: Output,
+    split: Literal["train", "val"] | None = None,
+    seed: int = 0,
+    limit: int = 600,
+) -> None:
+    """Make conversations to train on and questions to measure with out of captions and labels.
+
+    Args:
+        sets: Folders of parquet files with captions, label_name or questions and answers. All together, since
+            the classes of one are wrong answers for another.
+        output: The folder for SET-train.parquet (conversations) and TASK-val.parquet (questions).
+        split: Only one of the two.
+        seed: Of what is asked, and how.
+        limit: About so many questions a task of val; half as many captions.
+    """
+    from tokenflow.data.questions import write_questions
+
+    for path, pictures, asked in write_questions(sets, output, split=split, seed=seed, limit=limit):
+        print(f"{path}: {pictures:,} rows, {asked:,} questions")
