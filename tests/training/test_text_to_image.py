@@ -194,6 +194,17 @@ def test_a_run_learns_and_exports_a_pipeline(recipe):
     assert train_text_to_image(recipe).step == 60  # finished: nothing more to do
 
 
+def test_the_export_holds_the_averaged_weights(recipe):
+    train_text_to_image(replace(recipe, steps=3))
+    exported = weights_of(recipe)
+    folder = Path(recipe.output_dir) / "checkpoints" / "checkpoint-3"
+    averages, last = (load_file(folder / f"{name}.safetensors") for name in ("averages", "model"))
+    assert exported.keys() == last.keys()
+    for name, average in averages.items():
+        assert torch.equal(exported[name], average), name
+        assert not torch.equal(last[name], average), name
+
+
 def test_a_stopped_run_goes_on_exactly(recipe, tmp_path):
     recipe = replace(recipe, data=replace(recipe.data, token_noise=0.5, accumulation=2, batch_size=8))
     whole = replace(recipe, output_dir=str(tmp_path / "whole"), checkpoint_every=3)

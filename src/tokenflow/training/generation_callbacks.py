@@ -74,13 +74,14 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         trainer = self.trainer
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with trainer.average.applied():
-            weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         averages = {name: whole(t).cpu() for name, t in trainer.average.averages.items()}
+        with trainer.average.applied():  # until all is written: a state dict may hold the model's own tensors
+            weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            if args.should_save:
+                checkpointing.save_tensors(averages, folder / "averages.safetensors")
+                trainer.generator.save(folder / "export", weights)
         if not args.should_save:
             return
-        checkpointing.save_tensors(averages, folder / "averages.safetensors")
-        trainer.generator.save(folder / "export", weights)
         with atomic_write(folder / "complete.json") as temporary:
             checkpointing.save_json({"average_updates": trainer.average.updates}, temporary)
         checkpointing.point_to(Path(trainer.recipe.output_dir) / "export", folder / "export")
