@@ -39,6 +39,15 @@ def text_to_image(recipe: Any) -> int:
     return _report(train_text_to_image(recipe))
 
 
+def understanding(recipe: Any) -> int:
+    from tokenflow.training.understanding import train_understanding
+
+    done = train_understanding(recipe)
+    if done.skipped:
+        _say_once(f"{done.skipped:,} conversations skipped: {recipe.folder}/skipped.txt says why")
+    return _report(done)
+
+
 def teacher(recipe: Any) -> None:
     from tokenflow.training.teacher import train_teacher
 

@@ -92,6 +92,20 @@ def open_source(source: Source) -> OpenSource:
     """
     import datasets
 
+    dataset = open_rows(source)
+    column = _find_image_column(source, dataset.features)
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return OpenSource(source, dataset, column)
+
+
+def open_rows(source: Source) -> Any:
+    """The `datasets` data set of a source, filtered by `source.only`, whatever its columns.
+
+    Raises UserError, one line, as `open_source` does.
+    """
+    import datasets
+
     arguments = _load_arguments(source)
     try:
         dataset = datasets.load_dataset(**arguments, streaming=source.streaming)
@@ -103,12 +117,7 @@ def open_source(source: Source) -> OpenSource:
         raise UserError(
             f"cannot open {source}: its columns are not known before reading; use streaming=False"
         )
-    column = _find_image_column(source, dataset.features)
-    if isinstance(dataset.features[column], datasets.Image):
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    if source.only is not None:
-        dataset = _filtered(source, dataset)
-    return OpenSource(source, dataset, column)
+    return dataset if source.only is None else _filtered(source, dataset)
 
 
 def default_split(path_or_name: str) -> str:

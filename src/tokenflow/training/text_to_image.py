@@ -19,30 +19,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
 from tokenflow.files import write_error
 from tokenflow.tokenizer.token_file import tokenizer_fingerprint
-from tokenflow.training.averaging import WeightAverage
-from tokenflow.training.generation_callbacks import (
-    Averaging,
-    Checkpoints,
-    Reports,
-    Samples,
-    Stopping,
-    latest_checkpoint,
-)
+from tokenflow.training import checkpointing
+from tokenflow.training.averaging import WeightAverage, whole
+from tokenflow.training.callbacks import Checkpoints, Reports, Stopping, latest_checkpoint
+from tokenflow.training.generation_callbacks import Averaging, Samples
 from tokenflow.training.generation_data import GenerationRows
 from tokenflow.training.generation_models import Generator, build_generator, load_image_tokenizer
 from tokenflow.training.muon import MuonAdamW, muon_groups
 from tokenflow.training.progress import StopRequest
+from tokenflow.training.sharding import check_sharding, sharding_options
 from tokenflow.training.text_to_image_recipe import ClassToImageRecipe, TextToImageRecipe
 
 Recipe = TextToImageRecipe | ClassToImageRecipe
 # Matrices that AdamW learns in any case: the output head, and what reads code vectors.
 NOT_MUON = ("head", "visual_proj")
+_SHOWN = {"loss": "loss", "images_per_second": "img/s", "eval_bits_per_token": "bits"}  # beside the bar
 
 
 @dataclass(frozen=True)
@@ -123,12 +120,16 @@ class GenerationTrainer(Trainer):
             data_collator=generator.collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            callbacks=[Averaging(self), Stopping(self), Checkpoints(self), Samples(self)],
+            callbacks=[Averaging(self), Stopping(self), Checkpoints(self, recipe.output_dir), Samples(self)],
         )
+        check_sharding(self)
         self.model_accepts_loss_kwargs = False  # the losses are means: accumulation averages them
-        self.remove_callback(ProgressCallback)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
         if self.is_world_process_zero():
-            self.add_callback(Reports(self))  # the last, so that it hears of everything
+            batch_size = recipe.data.batch_size
+            # The last, so that it hears of everything.
+            self.add_callback(Reports(recipe, recipe.output_dir, batch_size, "images_per_second", _SHOWN))
 
     # ---------------------------------------------------------------------------------------------- the data
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -159,6 +160,16 @@ class GenerationTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.recipe, model or self.network)
         return self.optimizer
+
+    def complete_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Write the averages and, with averaged weights, the export into a checkpoint."""
+        averages = {name: whole(t).cpu() for name, t in self.average.averages.items()}
+        with self.average.applied():  # until all is written: a state dict may hold the model's own tensors
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                checkpointing.save_tensors(averages, folder / "averages.safetensors")
+                self.generator.save(folder / "export", weights)
+        return {"average_updates": self.average.updates}
 
     # ------------------------------------------------------------------------------------------ the measuring
     @torch.no_grad()
@@ -208,8 +219,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"{data.accumulation} parts"
         )
     memory: dict[str, Any] = {"gradient_checkpointing": True} if recipe.gradient_checkpointing else {}
-    if recipe.fsdp_config:
-        memory |= {"fsdp": "full_shard", "fsdp_config": recipe.fsdp_config}
+    memory |= sharding_options(recipe.fsdp_config, processes)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=recipe.steps,

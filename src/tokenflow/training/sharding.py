@@ -1,0 +1,59 @@
+"""FSDP2 by transformers' Trainer: what it is asked for, and that it is what happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import Trainer
+
+from tokenflow.errors import UserError
+
+
+def sharding_options(fsdp_config: str | None, processes: int) -> dict[str, Any]:
+    """Options of `TrainingArguments` that shard a model over `processes`; none without a file.
+
+    Args:
+        fsdp_config: a JSON file with the Trainer's `fsdp_config`; `{}` will do.
+
+    Raises:
+        UserError: a file that is missing or no JSON object, FSDP1, a single process.
+    """
+    if fsdp_config is None:
+        return {}
+    try:
+        config = json.loads(Path(fsdp_config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --fsdp-config {fsdp_config}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--fsdp-config {fsdp_config} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--fsdp-config {fsdp_config} must hold a JSON object, such as {{}}")
+    version = config.get("version", config.get("fsdp_version", 2))
+    if str(version) != "2":
+        raise UserError(f"--fsdp-config {fsdp_config} asks for version {version}; models are sharded by 2")
+    if processes == 1:
+        raise UserError(
+            "--fsdp-config shards a model over processes; start them with torchrun --nproc-per-node N "
+            "-m tokenflow train ..."
+        )
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def check_sharding(trainer: Trainer) -> None:
+    """Raise UserError where accelerate would train data-parallel though the Trainer was asked to shard."""
+    if trainer.args.fsdp and not trainer.accelerator.is_fsdp2:
+        raise UserError(
+            "--fsdp-config: models are sharded over GPUs only, and these processes have none; leave it out "
+            "to train data-parallel"
+        )
+
+
+def gather_in(model: nn.Module, *methods: str) -> None:
+    """Let methods beside `forward` see whole weights, which a sharded model gathers in forward methods only."""
+    if isinstance(model, FSDPModule):
+        for method in methods:
+            register_fsdp_forward_method(model, method)

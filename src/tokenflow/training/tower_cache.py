@@ -1,0 +1,163 @@
+"""The frozen vision tower's output for each picture, made once and kept on disk.
+
+What is notable:
+- of a tokenizer the indices are kept, from which the features of any strategy follow (Tab. 8): some hundred
+  bytes a picture, and one pass of the tower for all of them. Of another tower (Tab. 9) its features are kept,
+  in half precision;
+- an entry is known by the picture's bytes, so stages, recipes and changed data sets share it, and by
+  fingerprints of tower and image processor, so nothing stale is read;
+- a pass that was broken off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from tokenflow.data.conversations import Conversations
+from tokenflow.data.images import ImageError, read_image
+from tokenflow.files import atomic_write
+from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.token_file import tokenizer_fingerprint
+from tokenflow.training.understanding_data import picture_name
+
+_BATCH, _PART = 32, 4096  # pictures at a time, and in a file
+Place = tuple[int, int]  # file, row in it
+
+
+class TowerCache:
+    """Pictures' entries by content; gives `ConversationRows` the entries of a row.
+
+    Args:
+        folder: holds a folder for each tower and image processor, of parts with `keys` `[n, 16]` uint8 and
+            `values` `[n, ...]`.
+        model, processor: of the chat model, whose tower is asked.
+    """
+
+    def __init__(self, folder: str | Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor):
+        self.tower, self.processor = model.model.vision_tower, processor.image_processor
+        self.config: Any = model.config
+        self.folder = Path(folder) / tower_fingerprint(self.tower, self.processor, self.config)[:32]
+        self.parts: list[Tensor] = []
+        self.places: dict[bytes, Place] = {}
+        self.of_row: dict[tuple[int, int], list[bytes]] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self._add(load_file(file))
+
+    def __call__(self, source: int, row: int) -> list[Tensor]:
+        places = [self.places[key] for key in self.of_row[source, row]]
+        entries = [self.parts[part][place] for part, place in places]
+        return [entry.int() if entry.dtype == torch.uint16 else entry for entry in entries]
+
+    def encode(self, data: Sequence[Conversations]) -> dict[tuple[int, int], str]:
+        """Have entries for all pictures of all rows.
+
+        Returns:
+            The rows with a picture that cannot be read, and what is wrong with it.
+        """
+        broken: dict[tuple[int, int], str] = {}
+        waiting: dict[bytes, Tensor] = {}
+        made: dict[bytes, Tensor] = {}
+        rows = [(source, row) for source, rows in enumerate(data) for row in range(len(rows))]
+        for source, row in tqdm(rows, desc="looking at pictures", unit="row", mininterval=1.0):
+            try:
+                self.of_row[source, row] = [
+                    self._key(image, picture_name(data[source], row, image), made, waiting)
+                    for image in data[source].images(row)
+                ]
+            except ImageError as error:
+                broken[source, row] = str(error)
+            if len(waiting) >= _BATCH:
+                made |= self._values(waiting)
+            if len(made) >= _PART:
+                self._keep(made)
+        if waiting:
+            made |= self._values(waiting)
+        if made:
+            self._keep(made)
+        return broken
+
+    def _key(self, image: Any, name: str, made: dict[bytes, Tensor], waiting: dict[bytes, Tensor]) -> bytes:
+        """The key of a picture; one that is new is opened and waits for the tower."""
+        try:
+            encoded = image.read_bytes() if isinstance(image, Path) else bytes(image)
+        except OSError as error:
+            raise ImageError(f"cannot read image {name}: {error.strerror or error}") from error
+        key = hashlib.sha256(encoded).digest()[:16]
+        if key not in self.places and key not in made and key not in waiting:
+            pixels = self.processor(read_image(encoded, name=name), return_tensors="pt")["pixel_values"]
+            waiting[key] = pixels[0]
+        return key
+
+    @torch.inference_mode()
+    def _values(self, waiting: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
+        pixels = torch.stack(list(waiting.values())).to(self.tower.device)
+        tower: Any = self.tower
+        if isinstance(tower, TokenFlowModel):
+            values = tower.encode(pixels).indices
+            values = values.to(torch.uint16 if tower.config.codebook_size <= 2**16 else torch.int32)
+        else:
+            seen = tower(pixels.to(tower.dtype), output_hidden_states=True)
+            values = seen.hidden_states[self.config.vision_feature_layer]
+            if self.config.vision_feature_select_strategy == "default":
+                values = values[:, 1:]
+            values = values.half()
+        keys = list(waiting)
+        waiting.clear()
+        return dict(zip(keys, values.cpu(), strict=True))
+
+    def _keep(self, made: dict[bytes, Tensor]) -> None:
+        keys = torch.tensor([list(key) for key in made], dtype=torch.uint8)
+        part = {"keys": keys, "values": torch.stack(list(made.values()))}
+        with atomic_write(self.folder / f"{secrets.token_hex(8)}.safetensors") as temporary:
+            save_file(part, temporary)
+        self._add(part)
+        made.clear()
+
+    def _add(self, part: dict[str, Tensor]) -> None:
+        for place, key in enumerate(part["keys"].numpy()):
+            self.places[key.tobytes()] = (len(self.parts), place)
+        self.parts.append(part["values"])
+
+
+def tower_fingerprint(tower: PreTrainedModel, processor: Any, config: Any) -> str:
+    """sha256 over all that turns a picture into an entry."""
+    digest = hashlib.sha256(processor.to_json_string().encode())
+    if isinstance(tower, TokenFlowModel):
+        digest.update(tokenizer_fingerprint(tower).encode())
+        return digest.hexdigest()
+    digest.update(f"{config.vision_feature_layer} {config.vision_feature_select_strategy}".encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CachedTower(nn.Module):
+    """Takes the vision tower's place in a LLaVA that is given entries of the cache as its pixels.
+
+    The tower itself is no submodule: it is neither trained nor saved.
+    """
+
+    def __init__(self, tower: PreTrainedModel):
+        super().__init__()
+        self.__dict__["tower"] = tower
+
+    def forward(self, entries: Tensor, **kwargs: Any) -> BaseModelOutput:
+        """Indices `[B, L]` or features `[B, N, D]` to features, the one hidden state."""
+        features, tower = entries, cast(Any, self.tower)
+        if isinstance(tower, TokenFlowModel):
+            with torch.no_grad():
+                codes = tower.to(entries.device)  # type: ignore[arg-type]
+                features = codes.features_from_indices(entries, tower.config.feature_strategy)
+        return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
