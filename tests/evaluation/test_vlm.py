@@ -15,8 +15,16 @@ from small_model import save_small_chat
 from tokenflow.data.sources import Source
 from tokenflow.errors import UserError
 from tokenflow.evaluation import report, vlm
+from tokenflow.evaluation.answers import (
+    Question,
+    equal_answers,
+    main_figure,
+    normalise,
+    score,
+    yes_or_no,
+)
 from tokenflow.evaluation.options import VlmEval
-from tokenflow.evaluation.vlm import Question, equal_answers, normalise, questions_of, score, yes_or_no
+from tokenflow.evaluation.vlm import questions_of
 
 
 @pytest.mark.parametrize(
@@ -65,11 +73,38 @@ def test_scores_by_hand():
         score([])
 
 
+def test_tasks_are_scored_apart():
+    def asked(task: str, expected: str | tuple, given: str, source: str = "a") -> Question:
+        return Question(0, "?", (expected,) if isinstance(expected, str) else expected, given, task, source)
+
+    references = (("a dog runs on the grass", "a dog is running"), ("two men sit on a bench",))
+    questions = [
+        asked("yes-no", "yes", "yes"),
+        asked("yes-no", "no", "yes"),
+        asked("what-is-it", ("tabby cat", "tabby"), "A tabby."),
+        asked("what-is-it", "rose", "tulip", "b"),
+        asked("captions", references[0], references[0][0]),
+        asked("captions", references[1], "two men sit on a bench"),
+    ]
+    found = score(questions)
+    assert (found["yes-no"]["accuracy"], found["yes-no"]["yes share"]) == (1 / 2, 1)
+    assert found["what-is-it"] == {"accuracy": 1 / 2, "accuracy, a": 1, "accuracy, b": 0, "questions": 2}
+    assert 5 < found["captions"]["CIDEr-D"] < 10
+    name, figure, error = main_figure(found["captions"])
+    assert (name, figure) == ("CIDEr-D", found["captions"]["CIDEr-D"])
+    assert error == pytest.approx(10 - figure)  # two figures, one of them 10
+    assert main_figure(found["yes-no"]) == ("accuracy", 1 / 2, pytest.approx((1 / 8) ** 0.5))
+    assert found["average"] == pytest.approx((1 / 2 + 1 / 2 + figure) / 3)
+    assert "average" not in score(questions[:2])
+
+
 def test_rows_of_both_layouts():
     many = questions_of({"questions": ["a?", "b?"], "answers": ["1", ["2", "two"]]}, 7)
     assert many == [Question(7, "a?", ("1",)), Question(7, "b?", ("2", "two"))]
     assert questions_of({"question": "a?", "answer": "1"}, 0) == [Question(0, "a?", ("1",))]
     assert questions_of({"question": None, "answer": None}, 0) == []
+    row = {"questions": ["a?"], "answers": [["1"]], "task": "qa", "source": "daquar", "id": "7"}
+    assert questions_of(row, 0) == [Question(0, "a?", ("1",), task="qa", source="daquar")]
     with pytest.raises(UserError, match=r"needs columns question and answer.*there are caption"):
         questions_of({"caption": "x"}, 0)
     with pytest.raises(UserError, match="2 questions but 1 answers"):
@@ -100,7 +135,7 @@ def asked(tmp_path_factory) -> Path:
 
 def test_a_set_is_asked_from_parquet_to_a_file(chat_folder, asked, tmp_path):
     options = VlmEval(
-        data=str(asked),
+        data=(str(asked),),
         model=str(chat_folder),
         max_new_tokens=4,
         out=str(tmp_path / "r.json"),
@@ -116,23 +151,57 @@ def test_a_set_is_asked_from_parquet_to_a_file(chat_folder, asked, tmp_path):
     assert lines[2]["expected"] == ["no"]
 
 
-def test_answers_are_those_of_ask_whatever_the_batch(chat_folder, asked):
+def test_answers_are_those_of_ask_whatever_the_batch(chat_folder):
     from tokenflow.understanding import ask, load
 
     model, processor = load(chat_folder, device="cpu")
-    towers: list[int] = []
-    model.model.vision_tower.register_forward_hook(lambda *_: towers.append(1))
-    picture = Image.new("RGB", (40, 30), "red")
-    questions = questions_of(
-        {"questions": ["is it red ?", "what colour is this one ?"], "answers": ["yes", "red"]}, 0
-    )
-    together = vlm.answer(model, processor, picture, questions, instruction="One word.", batch_size=2)
-    assert len(towers) == 1  # two questions, one look
-    alone = vlm.answer(model, processor, picture, questions, instruction="One word.", batch_size=1)
-    asked_singly = [
-        ask(model, processor, picture, f"{q.question}\nOne word.", max_new_tokens=16) for q in questions
+    seen: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    questions = [
+        Question(3, "what colour is this one here ?", ("red",)),
+        Question(5, "is it red ?", ("no",)),
+        Question(5, "describe it", ("a b", "c"), task="captions"),
+        Question(3, "why ?", ("so",)),
+        Question(8, "is it ?", ("yes",)),
     ]
+    options = {"instruction": "One word.", "max_new_tokens": 12}
+    together = vlm.answer(model, processor, pictures, questions, **options, batch_size=2)
+    assert sum(seen) == 3  # five questions, three looks
+    alone = vlm.answer(model, processor, pictures, questions, **options, batch_size=1)
+    asked_singly = []
+    for q in questions:
+        caption = q.task == "captions"
+        text = q.question if caption else f"{q.question}\nOne word."
+        picture = pictures[{3: 0, 5: 1, 8: 2}[q.picture]]
+        asked_singly.append(ask(model, processor, picture, text, max_new_tokens=32 if caption else 12))
     assert [q.given for q in together] == [q.given for q in alone] == asked_singly
+    assert [q.question for q in together] == [q.question for q in questions]
+
+
+def test_several_sets_and_plain_text_in_one_result(chat_folder, asked, tmp_path):
+    rows = pq.read_table(asked / "val.parquet").to_pylist()[:1]
+    captions = [{**row, "questions": ["describe it"], "answers": [["a b c d", "e f"]]} for row in rows]
+    pq.write_table(
+        pa.Table.from_pylist([{**row, "task": "captions"} for row in captions]), tmp_path / "c.parquet"
+    )
+    data = (str(asked), str(tmp_path / "c.parquet"))
+    out = tmp_path / "r.json"
+    result = vlm.run(VlmEval(data=data, model=str(chat_folder), text=True, max_new_tokens=2, out=str(out)))
+    assert set(result["metrics"]) == {
+        "other",
+        "captions",
+        "average",
+        "text",
+    }  # no parts: what it was is unknown
+    assert result["metrics"]["other"]["questions"] == 4
+    assert set(result["fingerprint"]["reference"]) == {"shapes", "c.parquet"}
+    assert result["model"]["features"] == "last"
+    assert report.read(out) == result
+    text = vlm.run(VlmEval(model=str(chat_folder), text=True))
+    assert text["metrics"] == {"text": result["metrics"]["text"]}
+    with pytest.raises(UserError, match="nothing to ask"):
+        vlm.run(VlmEval(model=str(chat_folder)))
 
 
 def test_sets_that_cannot_be_asked_are_one_line(chat_folder, asked, small_model_folder):
@@ -140,8 +209,8 @@ def test_sets_that_cannot_be_asked_are_one_line(chat_folder, asked, small_model_
 
     model, processor = load(chat_folder, device="cpu")
     with pytest.raises(UserError, match="no question could be asked"):
-        vlm.evaluate_questions(model, processor, Source(str(asked), split="val"), limit=0)
+        vlm.evaluate_questions(model, processor, [Source(str(asked), split="val")], limit=0)
     with pytest.raises(UserError, match="must be at least 1"):
-        vlm.run(VlmEval(data=str(asked), model=str(chat_folder), batch_size=0))
+        vlm.run(VlmEval(data=(str(asked),), model=str(chat_folder), batch_size=0))
     with pytest.raises(UserError, match="answers no questions"):
-        vlm.run(VlmEval(data=str(asked), model=str(small_model_folder)))
+        vlm.run(VlmEval(data=(str(asked),), model=str(small_model_folder)))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 RESULTS = "vlm-results"
+CHECKOUT = Path(__file__).parents[3]  # where `make venv-vlm` was said, if this is one
 _JUDGE_KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 
 
@@ -116,7 +117,7 @@ def read_results(folder: str | Path) -> list[TaskResult]:
                         data["model_name"],
                         task,
                         figures,
-                        data["n-samples"][task]["effective"],
+                        int(data["n-samples"][task]["effective"]),
                         data["config"]["limit"],
                         data["lmms_eval_version"],
                     )
@@ -172,8 +173,7 @@ def find_python(given: str | None) -> str:
         return given
     if find_spec("lmms_eval") is not None:
         return sys.executable
-    checkout = Path(__file__).parents[3]
-    for folder in (checkout, Path.cwd()):
+    for folder in (CHECKOUT, Path.cwd()):
         python = folder / ".venv-vlm" / "bin" / "python"
         if python.is_file():
             return str(python)
@@ -259,7 +259,7 @@ def run(options: VlmEval) -> report.Result:
         UserError: unknown tasks, no lmms-eval, a task that failed, or nothing measured at all.
     """
     started = time.perf_counter()
-    if options.data is not None:
+    if options.data:
         raise UserError(
             "--data asks your own questions, --tasks and --results are benchmarks: give one of both"
         )

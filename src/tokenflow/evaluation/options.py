@@ -83,31 +83,34 @@ class SemanticsEval:
 
 @dataclass(frozen=True)
 class VlmEval:
-    """Ask a model the questions of a set and measure its answers: yes/no questions as POPE does (accuracy,
-    F1), all others as GQA does (exact match). Or, with `--tasks`, measure it on the field's benchmarks
-    through lmms-eval and print its row of Tab. 3 below the published ones.
+    """Ask a model the questions of sets and measure its answers: yes/no questions as POPE does (accuracy,
+    F1), captions by CIDEr-D, all others as GQA does (exact match). Or, with `--tasks`, measure it on the
+    field's benchmarks through lmms-eval and print its row of Tab. 3 below the published ones.
 
-    Example: `tokenflow eval vlm --data PACKS/daquar --out result.json`
+    Example: `tokenflow eval vlm --data questions/*-val.parquet --text --out result.json`
 
     Example: `tokenflow eval vlm --model MODEL --tasks all --results results`
     """
 
-    data: str | None = None
-    """A set with columns `question` and `answer`, or `questions` and `answers` (a list each), as in
-    `eval reconstruction`."""
+    data: tuple[str, ...] = ()
+    """Sets with columns `question` and `answer`, or `questions` and `answers` (a list each), as in
+    `eval reconstruction`; a column `task` keeps figures apart. `tokenflow questions` makes such files."""
     model: str = "tokenflow-tiny-chat"
     """A model that answers questions: a bundled name, a folder, or a hub name."""
     split: str | None = None
     """The split of `data` to ask about; by default "val", or the only one of a folder."""
     limit: int | None = None
     """Only the first so many pictures."""
-    instruction: str = "Answer the question using a single word or phrase."
-    """Stands on a line of its own after each question; "" for none."""
+    text: bool = False
+    """Also ask plain questions without a picture, of the model and of its language model before training."""
+    instruction: str = ""
+    """Stands on a line of its own after each question, captions excepted. The released models were trained to
+    be brief after "Answer the question using a single word or phrase."."""
     max_new_tokens: int = 16
     """Answers are cut off there."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Questions at a time; changes the speed, not the answers."""
     out: str | None = None
     """Where to write the result as JSON."""
