@@ -10,12 +10,12 @@ from typing import Literal, get_args
 
 import tyro
 
-Part = Literal["search", "images", "training", "text-to-image"]
+Part = Literal["search", "images", "training", "text-to-image", "understanding"]
 
 
 @dataclass
 class Options:
-    """Side-by-side timings of the tokenizer and of text to image."""
+    """Side-by-side timings of the tokenizer, of text to image and of answers about images."""
 
     only: tuple[Part, ...] = get_args(Part)
     """the parts to run"""
@@ -34,13 +34,13 @@ def main(options: Options) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from benchmarks import images, measure, search, text_to_image, training
+    from benchmarks import images, measure, search, text_to_image, training, understanding
 
     torch.set_num_threads(options.threads)
     if options.processor_time:
         measure.count_processor_time()
     parts = {"search": search.run, "images": images.run, "training": training.run}
-    parts["text-to-image"] = text_to_image.run
+    parts |= {"text-to-image": text_to_image.run, "understanding": understanding.run}
     console = Console()
     table = Table(title=f"{options.threads} threads, torch {torch.__version__}: ratios, higher is better")
     for column in ("what", "seconds", "ratio", "aim", "seen"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks import eager_baseline, measure, search, text_to_image
+from benchmarks import eager_baseline, measure, search, text_to_image, understanding
 
-from small_model import small_config
+from small_model import small_chat, small_config, small_language_model, small_words
 from tokenflow import TokenFlowModel
 
 
@@ -39,6 +39,27 @@ def test_sampling_with_and_without_a_cache_agrees():
     assert set(seconds) == {"ours", "plain"}
     assert equal > 0.99  # random weights have near ties, which rounding may turn
     assert positions["plain"] / positions["ours"] > 3.8
+
+
+def test_both_chats_see_as_much_and_answer_at_the_same_length(small_model_folder):
+    ours = small_chat(small_model_folder)
+    tower = ours[0].model.vision_tower
+    clip = understanding.with_clip(tower, small_language_model(), small_words(), width=32)
+    size = sum(parameter.numel() for parameter in clip[0].model.vision_tower.parameters())
+    assert size == pytest.approx(understanding.encoding_parameters(tower), rel=0.1)
+    given = [understanding.one_question(chat, batch=2) for chat in (ours, clip)]
+    assert torch.equal(given[0]["input_ids"], given[1]["input_ids"])
+    for (model, _), asked in zip((ours, clip), given, strict=True):
+        new = understanding.answer(model, asked, 5).shape[1] - asked["input_ids"].shape[1]
+        assert new == 5
+    for seconds in understanding.compare({"ours": ours, "clip": clip}, batch=2, repeats=1):
+        assert set(seconds) == {"ours", "clip"}
+
+
+def test_a_second_question_encodes_nothing(small_model_folder):
+    times, encoded, decoded = understanding.second_question(small_chat(small_model_folder), repeats=1)
+    assert set(times) == {"ours", "encoded_again"}
+    assert (encoded, decoded) == (1, 0)
 
 
 def test_sides_take_turns_and_the_best_counts():
