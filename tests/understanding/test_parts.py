@@ -13,7 +13,7 @@ from small_model import small_language_model, small_words
 from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
 from tokenflow.understanding import ask, assemble, load
-from tokenflow.understanding.parts import TINY_CHAT, Parts, language_model, save_parts
+from tokenflow.understanding.parts import TINY_CHAT, Parts, language_model, save_parts, shrink_parts
 
 LAYER = "model.language_model.layers.1.self_attn.q_proj"
 
@@ -50,6 +50,30 @@ def test_a_lora_is_added(parts, make_chat, tmp_path):
     save_file(strange, tmp_path / "chat" / "adapter_model.safetensors")
     with pytest.raises(UserError, match="does not fit its parts"):
         load(tmp_path / "chat")
+
+
+def test_parts_in_half_precision_are_half_as_large(parts, make_chat, tmp_path):
+    model, _ = make_chat(feature_strategy="last-semantic")
+    save_parts(tmp_path / "chat", model, parts)
+    lora = {f"base_model.model.{LAYER}.lora_{x}.weight": torch.randn(16, 16) for x in "AB"}
+    save_file(lora, tmp_path / "chat" / "adapter_model.safetensors")
+    (tmp_path / "chat" / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 16}))
+    shrink_parts(tmp_path / "chat", tmp_path / "small")
+    again, expected = load(tmp_path / "small", device="cpu")[0], load(tmp_path / "chat", device="cpu")[0]
+    for name, value in expected.state_dict().items():
+        found = again.state_dict()[name]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, value, rtol=2e-3, atol=1e-2 if LAYER in name else 1e-6)
+    for name in ("projector", "adapter_model"):
+        sizes = [(tmp_path / place / f"{name}.safetensors").stat().st_size for place in ("chat", "small")]
+        assert sizes[1] < sizes[0] / 2 + 400  # the header stays
+    lora[f"base_model.model.{LAYER}.lora_A.weight"][0, 0] = 1e5
+    save_file(lora, tmp_path / "chat" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors holds weights beyond float16"):
+        shrink_parts(tmp_path / "chat", tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+    with pytest.raises(UserError, match="is no chat model's folder"):
+        shrink_parts(tmp_path / "nothing", tmp_path / "smaller")
 
 
 def test_parts_that_are_missing_are_one_line(parts, make_chat, tmp_path):

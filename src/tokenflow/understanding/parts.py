@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -108,6 +109,31 @@ def save_parts(
         save_file(projector, temporary / "projector.safetensors")
         text = json.dumps({key: value for key, value in asdict(parts).items() if value is not None}, indent=2)
         (temporary / PARTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def shrink_parts(source: str | Path, folder: str | Path) -> None:
+    """Copy a parts folder with its weights in float16, half as large: how the bundled one is stored.
+
+    Raises:
+        UserError: `source` is no parts folder or holds weights beyond float16; `folder` is taken or cannot be
+            written.
+    """
+    source = Path(source)
+    try:
+        stored = {file.name: load_file(file) for file in source.glob("*.safetensors")}
+        texts = {name: (source / name).read_text(encoding="utf-8") for name in ("config.json", PARTS_FILE)}
+        if "adapter_model.safetensors" in stored:
+            texts["adapter_config.json"] = (source / "adapter_config.json").read_text(encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{source} is no chat model's folder: {str(error).splitlines()[0]}") from error
+    with atomic_folder(folder) as temporary:
+        for name, weights in stored.items():
+            halves = {key: value.half() for key, value in weights.items()}
+            if not all(value.isfinite().all() for value in halves.values()):
+                raise UserError(f"{source / name} holds weights beyond float16's 65,504")
+            save_file(halves, temporary / name)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def load_parts(
