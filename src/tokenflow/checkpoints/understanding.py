@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflow.checkpoints.released_folder import read_json
+from tokenflow.checkpoints.released_folder import read_json, read_weights
 from tokenflow.checkpoints.safe_load import CheckpointError, read_state_dict
 from tokenflow.checkpoints.tokenizer import REPORT_FILE, convert_state_dict
 from tokenflow.errors import UserError
@@ -30,7 +30,6 @@ TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
 # The language model that each released type extends, and the conversation template it was trained with.
 KINDS = {"llava_qwen": ("qwen2", "qwen_2_5"), "llava_llama": ("llama", "vicuna_v1")}
-_WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass
@@ -120,7 +119,7 @@ def convert_understanding(
             f"{released.get('model_type')!r}, not {' or '.join(KINDS)}"
         )
     kind, template = KINDS[released["model_type"]]
-    weights = _read_weights(folder)
+    weights = read_weights(folder)
     of_tower = {key: weights.pop(key) for key in list(weights) if key.startswith(TOWER)}
     of_projector = {
         new + key.removeprefix(old): weights.pop(key)
@@ -155,24 +154,6 @@ def convert_understanding(
         processor.save_pretrained(temporary)
         (temporary / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's weight files; those of one kind only, safetensors first."""
-    files = next((paths for suffix in _WEIGHT_FILES if (paths := sorted(folder.glob(suffix)))), [])
-    if not files:
-        raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(_WEIGHT_FILES)}")
-    for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        named = set(read_json(index).get("weight_map", {}).values())
-        if absent := sorted(named - {file.name for file in files}):
-            raise CheckpointError(f"{folder} lacks {len(absent)} of its weight files: {absent[0]}")
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        found, _ = read_state_dict(file)
-        if twice := sorted(weights.keys() & found.keys()):
-            raise CheckpointError(f"{file} holds {twice[0]}, which another file of {folder} holds too")
-        weights |= found
-    return weights
 
 
 def _tower(
