@@ -97,7 +97,9 @@ def test_a_training_stopped_by_a_signal_does_not_look_done(run, monkeypatch, sto
     assert out == f"step 3 (stopped by {stopped_by}); the model: runs/mine/export\n"
 
 
-def test_demo_says_where_page_and_picture_are(run):
+def test_demo_says_where_page_and_picture_are(run, monkeypatch):
+    for bundled in ("bundled_gallery", "bundled_answers"):  # minutes, and tests/demo/ has small ones
+        monkeypatch.setattr(f"tokenflow.demo.{bundled}", lambda *_: None)
     code, out, _ = run("demo", "photos", "-m", "{model}", "-o", "shown")
     assert code == 0
     assert f"page:    {Path('shown/index.html').resolve()}" in out
