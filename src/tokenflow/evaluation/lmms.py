@@ -84,6 +84,7 @@ class TaskResult:
 
     Attributes:
         limit: `--limit` of that run; None for a whole benchmark.
+        version: of the task. (The version of lmms-eval in its files is that of the git checkout it runs in.)
     """
 
     model: str
@@ -119,7 +120,7 @@ def read_results(folder: str | Path) -> list[TaskResult]:
                         figures,
                         int(data["n-samples"][task]["effective"]),
                         data["config"]["limit"],
-                        data["lmms_eval_version"],
+                        str(data["versions"][task]),
                     )
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -245,7 +246,8 @@ def measure(python: str, task: str, options: VlmEval, results: Path) -> None:
     if set(results.rglob("*_results.json")) == before:  # it ends with 0 even where it failed
         said = re.sub(r"\x1b\[[0-9;]*m", "", tail.decode(errors="replace"))
         errors = re.findall(r"Error during evaluation: (.*?)\. Please set", said) or said.split("\n")[-2:-1]
-        raise UserError(f"lmms-eval gave no result for {task}: {errors[-1] if errors else 'it said nothing'}")
+        reason = errors[-1][:300] if errors else "it said nothing"
+        raise UserError(f"lmms-eval gave no result for {task}: {reason}")
 
 
 def run(options: VlmEval) -> report.Result:
@@ -294,8 +296,8 @@ def run(options: VlmEval) -> report.Result:
         "metrics": metrics,
         "fingerprint": {
             "tasks": {result.task: result.questions for result in measured},
+            "versions": {result.task: result.version for result in measured},
             "limit": options.limit,
-            "lmms-eval": measured[-1].version,
         },
         "model": {"name": options.model},
         "unavailable": missing,
@@ -338,7 +340,8 @@ def table(result: report.Result) -> Group:
     if limit is not None:
         lines.append(f"Only the first {limit} questions of each task: to try things out, not to compare.")
     lines += [f"not measured: {task}: {reason}" for task, reason in result["unavailable"].items()]
-    lines.append(f"lmms-eval {result['fingerprint']['lmms-eval']}; Avg. with MME-P / 20 and without MME")
+    if own:
+        lines.append("Avg.: with MME-P / 20, without MME. *: not in the original paper, measured for Tab. 3.")
     return Group(*([grid] if own else []), *map(Text, lines))
 
 
