@@ -10,10 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from small_model import small_language_model, small_words
-from tokenflow import TokenFlowModel
+from tokenflow import bundled
+from tokenflow.bundled import bundled_path
 from tokenflow.errors import UserError
-from tokenflow.understanding import ask, assemble, load
-from tokenflow.understanding.parts import TINY_CHAT, Parts, language_model, save_parts, shrink_parts
+from tokenflow.understanding import ask, load
+from tokenflow.understanding.parts import (
+    TINY_CHAT,
+    Parts,
+    assemble_parts,
+    language_model,
+    save_parts,
+    shrink_parts,
+)
 
 LAYER = "model.language_model.layers.1.self_attn.q_proj"
 
@@ -106,14 +114,15 @@ def test_make_installs_the_package_that_the_error_names():
 
 
 @pytest.mark.slow
-def test_the_bundled_tower_and_the_language_model_of_the_package(tmp_path, pictures):
+def test_a_bundled_chat_model_of_the_language_model_in_the_package(tmp_path, monkeypatch, pictures):
     torch.manual_seed(0)
-    tower = TokenFlowModel.from_pretrained(TINY_CHAT.tower)
-    model, _ = assemble(tower, *language_model(TINY_CHAT), template=TINY_CHAT.template)
-    save_parts(tmp_path / "chat", model, TINY_CHAT)
-    stored = sum(file.stat().st_size for file in (tmp_path / "chat").iterdir())
+    model, _ = assemble_parts(TINY_CHAT)
+    save_parts(tmp_path / "chat-0", model, TINY_CHAT)
+    (tmp_path / TINY_CHAT.tower).symlink_to(bundled_path(TINY_CHAT.tower))
+    monkeypatch.setattr(bundled, "_HERE", tmp_path)
+    stored = sum(file.stat().st_size for file in (tmp_path / "chat-0").iterdir())
     assert stored < 3e6  # neither tower nor language model
-    again, processor = load(tmp_path / "chat", device="cpu")
+    again, processor = load("chat-0", device="cpu")
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert "Paris" in ask(again, processor, (), "What is the capital of France?", max_new_tokens=12)
