@@ -53,6 +53,7 @@ COMMANDS: dict[str, Any] = {
         "semantics": evaluate.semantics,
         "generation": evaluate.generation,
         "vlm": evaluate.vlm,
+        "features": evaluate.features,
         "compare": evaluate.compare,
     },
 }

@@ -38,7 +38,9 @@ def vlm(options: OmitArgPrefixes[VlmEval]) -> None:
 
         from tokenflow.evaluation import lmms
 
-        Console(soft_wrap=True).print(lmms.table(lmms.run(options)))
+        console = Console(soft_wrap=True)
+        for part in lmms.table(lmms.run(options)):
+            console.print(part)
         return
     from tokenflow.evaluation.vlm import run
 
@@ -56,6 +58,21 @@ def compare(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RESULT.
     from tokenflow.evaluation import report
 
     Console(soft_wrap=True).print(report.compare([report.read(path) for path in results]))
+
+
+def features(results: Positional[Annotated[tuple[Path, ...], arg(metavar="RESULT.json ...")]], /) -> None:
+    """Show what chat models know by the features they are shown, beside Tab. 1, 8 and 9 of the paper.
+
+    Args:
+        results: Files that `eval vlm --out` wrote on the same questions, one for each kind of features.
+    """
+    from rich.console import Console
+
+    from tokenflow.evaluation import features as kinds
+    from tokenflow.evaluation.report import read
+
+    # A row of Markdown is one line, however narrow the terminal.
+    Console(width=1000, soft_wrap=True).print(kinds.compare([read(path) for path in results]))
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -128,9 +128,11 @@ def _log_likelihood(model: LlavaForConditionalGeneration, processor: LlavaProces
     return of_answer.gather(1, answer.to(prompt.device).T).mean().item()
 
 
-def untuned(name_or_path: str, device: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor] | None:
-    """The same chat model with the language model as it was before training; None where its folder does not
-    name it (see `tokenflow.understanding.parts`)."""
+def before_training(
+    name_or_path: str, like: LlavaForConditionalGeneration
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor] | None:
+    """The chat model with its language model as it was before training, on the device and of the dtype of
+    another; None where its folder does not name the language model (see `tokenflow.understanding.parts`)."""
     from tokenflow.bundled import resolve
     from tokenflow.understanding.llava import PARTS_FILE
     from tokenflow.understanding.parts import Parts, assemble_parts
@@ -138,8 +140,9 @@ def untuned(name_or_path: str, device: str) -> tuple[LlavaForConditionalGenerati
     file = Path(resolve(name_or_path), PARTS_FILE)
     if not file.is_file():
         return None
-    model, processor = assemble_parts(Parts(**json.loads(file.read_text(encoding="utf-8"))))
-    return model.to(device).eval(), processor  # type: ignore[arg-type]
+    parts = Parts(**json.loads(file.read_text(encoding="utf-8")))
+    model, processor = assemble_parts(parts, like.lm_head.weight.dtype)
+    return model.to(like.device).eval(), processor  # type: ignore[arg-type]
 
 
 def compare_knowledge(
@@ -147,7 +150,7 @@ def compare_knowledge(
 ) -> dict[str, Any]:
     """Figures of `ask_facts` for a chat model, and for its language model before training where known."""
     figures: dict[str, Any] = {"text": ask_facts(model, processor, batch_size=batch_size)}
-    before = untuned(name_or_path, str(model.device))
+    before = before_training(name_or_path, model)
     if before is not None:
         figures["text, before training"] = ask_facts(*before, batch_size=batch_size)
     return figures

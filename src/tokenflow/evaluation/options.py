@@ -108,6 +108,8 @@ class VlmEval:
     be brief after "Answer the question using a single word or phrase."."""
     max_new_tokens: int = 16
     """Answers are cut off there."""
+    dtype: Dtype = "float32"
+    """Of the language model; bfloat16 is faster, and now and then answers differently."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     batch_size: int = 16

@@ -216,13 +216,13 @@ def run(options: VlmEval) -> report.Result:
     if not options.data and not options.text:
         raise UserError("nothing to ask: give --data SET, --text or --tasks")
     sources = [Source(data, split=options.split or default_split(data)) for data in options.data]
-    model, processor = load(options.model, device=options.device)
+    model, processor = load(options.model, device=options.device, dtype=options.dtype)
     started = time.perf_counter()
     done: list[Question] = []
     result: report.Result = {
         "kind": "questions",
         "metrics": {},
-        "fingerprint": {"backend": model.device.type},
+        "fingerprint": {"dtype": options.dtype, "backend": model.device.type},
     }
     if sources:
         result, done = evaluate_questions(
