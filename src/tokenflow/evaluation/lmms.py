@@ -26,7 +26,8 @@ from tokenflow.evaluation.published import COLUMNS, FIRST_DISCRETE, tab_3
 from tokenflow.names import unknown_name
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
 
 RESULTS = "vlm-results"
 CHECKOUT = Path(__file__).parents[3]  # where `make venv-vlm` was said, if this is one
@@ -315,9 +316,8 @@ def _of_this_run(options: VlmEval, results: Path) -> list[TaskResult]:
 
 
 # ----------------------------------------------------------------------------------------------- the table
-def table(result: report.Result) -> Group:
+def table(result: report.Result) -> list[Table | Text]:
     """The row of Tab. 3 below the published ones, figures of other tasks, and what could not be measured."""
-    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -334,15 +334,16 @@ def table(result: report.Result) -> Group:
             grid.add_row(Text("discrete visual input", style="dim italic"))
         cells = _cells(row.figures, row.average, row.measured_by_the_authors)
         grid.add_row(row.model, row.language_model, row.resolution, *cells)
-    grid.add_section()
-    grid.add_row(Text(result["model"]["name"]), "", "", *_cells(own, metrics.get("average")), style="bold")
-    lines = [f"{name}: {_plain(metrics[name])}" for name in metrics if isinstance(metrics[name], dict)]
+    name = result["model"]["name"].rstrip("/").rpartition("/")[2]
+    grid.add_row(Text("measured here", style="dim italic"))
+    grid.add_row(Text(name), "", "", *_cells(own, metrics.get("average")), style="bold")
+    lines = [f"{task}: {_plain(values)}" for task, values in metrics.items() if isinstance(values, dict)]
     if limit is not None:
         lines.append(f"Only the first {limit} questions of each task: to try things out, not to compare.")
     lines += [f"not measured: {task}: {reason}" for task, reason in result["unavailable"].items()]
     if own:
         lines.append("Avg.: with MME-P / 20, without MME. *: not in the original paper, measured for Tab. 3.")
-    return Group(*([grid] if own else []), *map(Text, lines))
+    return [*([grid] if own else []), *map(Text, lines)]
 
 
 def _cells(figures: dict[str, float], mean: float | None, starred: Sequence[str] = ()) -> list[str]:
