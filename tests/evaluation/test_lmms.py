@@ -195,8 +195,9 @@ def test_tasks_are_measured_once_and_what_is_missing_is_said(stand_in, tmp_path,
     assert main([*command, "--tasks", "pope,gqa", "MMV", "--out", "row.json"]) == 0
     printed = capfd.readouterr()
     assert "asking pope" in printed.err
-    assert "not measured: gqa: no network. Where there is a network: python -c" in printed.out
-    assert "load_dataset('hub/gqa')" in printed.out
+    assert 'not measured: gqa: no network. Where there is a network: python -c "from' in printed.out
+    assert "load_dataset('hub/gqa')\"; then copy $HF_HOME" in printed.out
+    assert "1551.1 67.4" in printed.out  # no figure is cut off where the output is no terminal
     assert "not measured: mmvet: an OpenAI model judges the answers: set OPENAI_API_KEY" in printed.out
     result = report.read("row.json")
     assert result["metrics"] == {"POPE": 25.0}
@@ -239,6 +240,8 @@ def the_environment() -> str | None:
         return None
 
 
+PYTHON = the_environment()
+
 OWN_TASK = """
 task: own_questions
 dataset_path: parquet
@@ -255,7 +258,7 @@ metric_list:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(the_environment() is None, reason="needs lmms-eval: make venv-vlm")
+@pytest.mark.skipif(PYTHON is None, reason="needs lmms-eval: make venv-vlm")
 def test_our_model_in_lmms_eval(small_model_folder, tmp_path, monkeypatch, capfd):
     """A task of one's own from a parquet: lmms-eval gets the answers that `ask` gives."""
     from datasets import Dataset, Features, Value
@@ -280,6 +283,7 @@ def test_our_model_in_lmms_eval(small_model_folder, tmp_path, monkeypatch, capfd
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "own.yaml").write_text(OWN_TASK.format(data=tmp_path / "asked.parquet"))
     command = ["eval", "vlm", "--model", "chat", "--tasks", "own_questions", "--include-path", "tasks"]
+    command += ["--vlm-python", str(PYTHON)]
     assert main([*command, "--device", "cpu", "--batch-size", "2", "--results", "results"]) == 0
     assert "own_questions: exact_match 0.75" in capfd.readouterr().out
 

@@ -39,6 +39,7 @@ def vlm(options: OmitArgPrefixes[VlmEval]) -> None:
         from tokenflow.evaluation import lmms
 
         console = Console(soft_wrap=True)
+        console.width = max(console.width, lmms.WIDTH)
         for part in lmms.table(lmms.run(options)):
             console.print(part)
         return

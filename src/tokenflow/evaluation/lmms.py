@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 RESULTS = "vlm-results"
+WIDTH = 120  # of the table; in a narrower terminal its lines wrap, since cut figures are worse
 CHECKOUT = Path(__file__).parents[3]  # where `make venv-vlm` was said, if this is one
 _JUDGE_KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 
@@ -202,8 +203,8 @@ def unavailable(python: str, tasks: Sequence[str], include_path: str | None) -> 
                     for name in found["configurations"] or [None]
                 ]
                 lines[task] += (
-                    f". Where there is a network: python -c 'from datasets import load_dataset; "
-                    f"{'; '.join(calls)}'; then copy $HF_HOME (~/.cache/huggingface) to this machine"
+                    f'. Where there is a network: python -c "from datasets import load_dataset; '
+                    f'{"; ".join(calls)}"; then copy $HF_HOME (~/.cache/huggingface) to this machine'
                 )
         elif judged and not any(os.environ.get(key) for key in _JUDGE_KEYS):
             lines[task] = f"an OpenAI model judges the answers: set {' or '.join(_JUDGE_KEYS)}"
