@@ -205,6 +205,17 @@ def test_the_export_holds_the_averaged_weights(recipe):
         assert not torch.equal(last[name], average), name
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_an_eager_one(recipe, tmp_path):
+    eager = replace(recipe, steps=3, data=replace(recipe.data, eval_sources=()))
+    compiled = replace(eager, compile=True, output_dir=str(tmp_path / "compiled"))
+    train_text_to_image(eager)
+    train_text_to_image(compiled)
+    for ours, theirs in zip(log_of(eager), log_of(compiled), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3)
+    assert weights_of(compiled).keys() == weights_of(eager).keys()  # no `_orig_mod.` in the names
+
+
 def test_a_stopped_run_goes_on_exactly(recipe, tmp_path):
     recipe = replace(recipe, data=replace(recipe.data, token_noise=0.5, accumulation=2, batch_size=8))
     whole = replace(recipe, output_dir=str(tmp_path / "whole"), checkpoint_every=3)

@@ -1,40 +1,20 @@
-"""Two gloo processes by torchrun train a generator as one does on the whole batch."""
+"""Two gloo processes by torchrun train a generator as one does: data-parallel, and sharded by FSDP2."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from sharded_generator import loss_and_gradients, small_model, small_recipe
 
-from tokenflow.training.text_to_image_recipe import (
-    GenerationData,
-    GenerationOptimizer,
-    LanguageModelRecipe,
-    TextToImageRecipe,
-)
-
-
-def small_recipe(tokens: Path, tokenizer: Path, output: Path) -> TextToImageRecipe:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2}
-    return TextToImageRecipe(
-        model=LanguageModelRecipe(tokenizer=str(tokenizer), max_text_tokens=8, text_vocabulary=280, **sizes),
-        data=GenerationData(sources=(str(tokens),), eval_sources=(str(tokens),), batch_size=4),
-        optimizer=GenerationOptimizer(lr=1e-2, warmup_steps=1, ema_decay=0.9),
-        output_dir=str(output),
-        steps=3,
-        mixed_precision="no",
-        log_every=1,
-        eval_every=3,
-        sample_every=3,
-        trackers=(),
-    )
+from tokenflow.cli import main
 
 
 def write_tokens(folder: Path, tokenizer: Path) -> Path:
@@ -55,50 +35,83 @@ def write_tokens(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_on_the_whole_batch(tmp_path, small_model_folder):
-    from tokenflow.training.text_to_image import train_text_to_image
-
-    recipe = small_recipe(
-        write_tokens(tmp_path / "tokens", small_model_folder), small_model_folder, tmp_path / "two"
+def torchrun(*arguments: object, **environment: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        __file__,
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "SMALL_RECIPE": json.dumps(
-            [str(tmp_path / "tokens"), str(small_model_folder), str(tmp_path / "two")]
-        ),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    one = replace(recipe, output_dir=str(tmp_path / "one"))
-    train_text_to_image(one)
+    assert done.returncode == 0, done.stdout
 
-    def log(recipe):
-        return list(map(json.loads, (Path(recipe.output_dir) / "log.jsonl").read_text().splitlines()))
 
-    for ours, theirs in zip(log(one), log(recipe), strict=True):
+def check_same_run(one: Path, two: Path) -> None:
+    """Two output folders hold the same losses and, up to rounding, the same exported weights."""
+
+    def log(folder):
+        return list(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
+
+    for ours, theirs in zip(log(one), log(two), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"images_per_second"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
-    weights = [load_file(Path(r.output_dir) / "export" / "model.safetensors") for r in (one, recipe)]
+    weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-if __name__ == "__main__":
+@pytest.mark.slow
+def test_the_command_line_trains_data_parallel(tmp_path, small_model_folder, capsys):
+    tokens = write_tokens(tmp_path / "tokens", small_model_folder)
+
+    def command(output: Path) -> list[str]:
+        options = {
+            "--model.tokenizer": small_model_folder, "--model.max-text-tokens": 8,
+            "--model.text-vocabulary": 280, "--model.hidden-size": 16, "--model.intermediate-size": 32,
+            "--model.layers": 1, "--model.heads": 2, "--data.sources": tokens, "--data.eval-sources": tokens,
+            "--data.batch-size": 4, "--data.token-noise": 0, "--optimizer.warmup-steps": 1, "--steps": 3,
+            "--log-every": 1, "--eval-every": 3, "--sample-every": 3, "--mixed-precision": "no",
+            "--output-dir": output,
+        }  # fmt: skip
+        words = [str(word) for option in options.items() for word in option]
+        return ["train", "text-to-image", "tokenflow-tiny-t2i", *words, "--trackers"]
+
+    torchrun("-m", "tokenflow", *command(tmp_path / "two"))
+    assert main(command(tmp_path / "one")) == 0
+    assert capsys.readouterr().out == f"step 3 (stopped by steps); the model: {tmp_path / 'one' / 'export'}\n"
+    check_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, small_model_folder):
+    """Where `sharded_generator.py` has run on two processes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    write_tokens(folder / "tokens", small_model_folder)
+    shutil.copytree(small_model_folder, folder / "model")
+    (folder / "fsdp.json").write_text("{}")
+    torchrun(Path(__file__).with_name("sharded_generator.py"), SHARDED_FOLDER=str(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_sharded_model_has_the_loss_and_gradients_of_a_whole_one(sharded):
+    expected = loss_and_gradients(small_model(sharded), slice(None))
+    found = load_file(sharded / "gradients.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_the_trainer_shards_stops_and_goes_on_as_one_process_trains(sharded):
+    """Muon and AdamW; weights are averaged, evaluated and sampled from between the steps."""
     from tokenflow.training.text_to_image import train_text_to_image
 
-    train_text_to_image(small_recipe(*map(Path, json.loads(os.environ["SMALL_RECIPE"]))))
-    torch.distributed.barrier()
-    os._exit(0)  # without interpreter teardown, which gloo's threads do not always survive
+    assert json.loads((sharded / "facts.json").read_text()) == {"parameters": "DTensor", "fsdp_version": 2}
+    train_text_to_image(small_recipe(sharded, "one"))
+    check_same_run(sharded / "one", sharded / "two")

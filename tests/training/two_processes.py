@@ -22,7 +22,14 @@ from tokenflow.training.averaging import WeightAverage
 from tokenflow.training.loop import FULL, Trainer
 from tokenflow.training.loss_config import LossConfig
 from tokenflow.training.recipe import TrainRecipe
-from tokenflow.training.tokenizer import GeneratorStep, build_config, build_losses, build_model, build_teacher
+from tokenflow.training.tokenizer import (
+    GeneratorStep,
+    build_config,
+    build_losses,
+    build_model,
+    build_optimizer,
+    build_teacher,
+)
 
 NO_DISCRIMINATOR = LossConfig(perceptual="none", discriminator="none")
 
@@ -46,7 +53,7 @@ def quantizer_steps(parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def sharded_step(recipe: TrainRecipe, shard: bool) -> dict[str, Any]:
-    """One optimizer step on a fixed batch, with FSDP2 or plainly."""
+    """A step of Muon and AdamW on a fixed batch, with FSDP2 or plainly; then the averaged weights rebuild."""
     torch.manual_seed(0)
     config = build_config(recipe.model)
     teacher = build_teacher(recipe.model, config)
@@ -58,14 +65,16 @@ def sharded_step(recipe: TrainRecipe, shard: bool) -> dict[str, Any]:
         for block in [m for m in model.modules() if type(m).__name__ in step._no_split_modules]:
             fully_shard(block, mesh=mesh)
         fully_shard(step, mesh=mesh)
-    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-3)
-    average = WeightAverage(model, 0.9)
+    optimizer = build_optimizer(model, replace(recipe.optimizer, muon_lr=1e-3))
+    average = WeightAverage(model, 0.9, step)
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
     mine = images[dist.get_rank() :: dist.get_world_size()] if shard else images
     loss, _, _ = step(mine, 0)
     loss.backward()
     optimizer.step()
     average.update()
+    with average.applied(), torch.no_grad():
+        step.eval()(mine, 1)
     weights = get_model_state_dict(model, options=FULL)
     return {
         "loss": loss.detach(),

@@ -134,7 +134,7 @@ class Trainer:
         o = recipe.optimizer
         options: dict[str, Any] = {"betas": o.betas, "weight_decay": o.weight_decay, "fused": True}
         generator.to(self.device)
-        optimizer = build_optimizer(self.model, recipe.optimizer, accelerator.is_fsdp2)
+        optimizer = build_optimizer(self.model, recipe.optimizer)
         self.generator, self.optimizer = accelerator.prepare(generator, optimizer)
         self.discriminator = None
         if losses.discriminator_network is not None:
@@ -147,7 +147,7 @@ class Trainer:
         if recipe.compile:
             for network in pixel_networks(self.model):
                 network.compile()
-        self.average = WeightAverage(self.model, o.ema_decay)
+        self.average = WeightAverage(self.model, o.ema_decay, self.generator)
 
         # 2. data
         micro_batch = recipe.data.batch_size // world // recipe.data.accumulation

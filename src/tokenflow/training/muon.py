@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenflow.training.averaging import sharded_like, whole
+
 # The quintic a x + b x^3 + c x^5 of Jordan et al.: five rounds bring singular values from [0.01, 1] near 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -66,10 +68,12 @@ class MuonAdamW(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(gradient)
         state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - self.momentum)
-        update = gradient.lerp(state["momentum"], self.momentum).flatten(1)
+        # A matrix that FSDP2 sharded is gathered: each process orthogonalises it, and keeps its part.
+        update = whole(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
         scale = 0.2 * math.sqrt(max(update.shape))
+        direction = sharded_like(orthogonalize(update).view(parameter.shape), parameter)
         parameter.mul_(1 - lr * weight_decay)
-        parameter.sub_(orthogonalize(update).view_as(parameter) * (lr * scale))
+        parameter.sub_(direction * (lr * scale))
 
 
 def muon_groups(

@@ -53,7 +53,7 @@ def check_sharding(trainer: Trainer) -> None:
 
 
 def gather_in(model: nn.Module, *methods: str) -> None:
-    """Let methods beside `forward` see whole weights, which a sharded model gathers in forward methods only."""
+    """Let methods beside `forward` see whole weights: a sharded model gathers them in forward methods."""
     if isinstance(model, FSDPModule):
         for method in methods:
             register_fsdp_forward_method(model, method)

@@ -121,17 +121,11 @@ def build_model(
     return model
 
 
-def build_optimizer(model: TokenFlowModel, recipe: OptimizerRecipe, sharded: bool) -> torch.optim.Optimizer:
-    """AdamW over what is trained, or with a `muon_lr` Muon for its linear layers and convolutions.
-
-    Raises:
-        UserError: Muon with parameters that FSDP2 shards: it needs whole matrices.
-    """
+def build_optimizer(model: TokenFlowModel, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """AdamW over what is trained, or with a `muon_lr` Muon for its linear layers and convolutions."""
     options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": True}
     if recipe.muon_lr is None:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr, **options)
-    if sharded:
-        raise UserError("muon_lr needs whole matrices, which FSDP2 shards: train with DDP or without muon_lr")
     stems = ("patch_embedding", "conv_in")  # they read pixels
     return MuonAdamW(muon_groups(model, recipe.muon_lr, recipe.lr, recipe.weight_decay, stems), **options)
 
