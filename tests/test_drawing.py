@@ -120,6 +120,17 @@ def test_labels_and_prompts_go_to_the_models_that_draw_from_them(run):
     assert not list(Path().rglob("*.png"))
 
 
+def test_info_knows_models_that_draw(run):
+    text, classes = run("info", "{t2i}")[1], run("info", "{var}")[1]
+    assert "prompts of up to 32 tokens" in text
+    assert "2 layers of 32, 260 tokens" in text
+    assert "labels, 0 to 4" in classes
+    assert "1 layers of 64" in classes
+    for said in (text, classes):
+        assert "21 of 64 codes" in said
+        assert "tokenizer/model.safetensors" in said
+
+
 def test_a_variation_and_a_repainted_picture_say_what_was_kept(run, small_pipeline_folder):
     ramp = Image.linear_gradient("L").resize((40, 40))
     Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180))).save("photo.png")

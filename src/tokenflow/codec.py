@@ -1,4 +1,4 @@
-"""Files to tokens and back: the work of `tokenflow encode`, `decode`, `reconstruct` and `info`."""
+"""Files to tokens and back: the work of `tokenflow encode`, `decode` and `reconstruct`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "float32") -> Loaded:
         UserError: no such model, another kind of model, damaged files, or no such device.
     """
     folder = resolve(name)
-    _config(name)
+    tokenizer_config(name)
     try:
         model, report = TokenFlowModel.from_pretrained(name, output_loading_info=True)
         check_weights(name, "unexpected", report["unexpected_keys"])
@@ -202,40 +202,7 @@ def reconstruct_files(
     return rows
 
 
-def describe(name: str) -> dict[str, str]:
-    """What there is to know about a model, or about a token file, without loading weights: label -> value.
-
-    Raises:
-        UserError: neither a model nor a token file.
-    """
-    if Path(name).is_file():
-        tokens = load_tokens(name)
-        return {
-            "token file": name,
-            "made by": f"{tokens.model} (codebook {tokens.fingerprint[:12]})",
-            "images": f"{len(tokens.files)} of {tokens.image_size} x {tokens.image_size} px",
-            "tokens per image": f"{tokens.indices.shape[1]} of {tokens.codebook_size:,} codes",
-            "scales": " ".join(map(str, tokens.scales)),
-            "files": ", ".join(tokens.files[:5]) + (" ..." if len(tokens.files) > 5 else ""),
-        }
-    folder, config = Path(resolve(name)), _config(name)
-    flows = [f"{flow.name} {flow.dim} dims, weight {flow.weight:g}" for flow in config.flow_specs]
-    about = {
-        "model": name,
-        "image": f"{config.image_size} x {config.image_size} px",
-        "tokens per image": f"{config.num_tokens} of {config.codebook_size:,} codes",
-        "scales": " ".join(map(str, config.scales)),
-        "flows": "; ".join(flows),
-    }
-    weights = sorted(folder.glob("model*.safetensors"))
-    for file in weights:
-        about[file.name] = _weights_line(file)
-    if folder.is_dir():
-        about["folder"] = str(folder)
-    return about
-
-
-def _config(name: str) -> TokenFlowConfig:
+def tokenizer_config(name: str) -> TokenFlowConfig:
     """A model's configuration; anything else that `name` may be is a UserError, never default values."""
     try:
         found, _ = TokenFlowConfig.get_config_dict(resolve(name))
@@ -249,17 +216,6 @@ def _config(name: str) -> TokenFlowConfig:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name}: {first_line(error)}") from error
-
-
-def _weights_line(file: Path) -> str:
-    try:
-        with safe_open(file, "pt") as tensors:
-            slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118 (not a dict)
-            values = sum(torch.Size(part.get_shape()).numel() for part in slices)
-            dtypes = sorted({part.get_dtype() for part in slices})
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {first_line(error)}") from error
-    return f"{values / 1e6:.2f} M values, {', '.join(dtypes)}, {file.stat().st_size / 1e6:.1f} MB"
 
 
 def image_paths(given: Sequence[str | PathLike[str]]) -> list[Path]:

@@ -108,9 +108,9 @@ def info(model: Positional[str] = "tokenflow-tiny", /) -> None:
     Args:
         model: A bundled name, a model's folder, or a token file.
     """
-    from tokenflow import codec
+    from tokenflow.about import describe
 
-    print_table([], [list(row) for row in codec.describe(model).items()])
+    print_table([], [list(row) for row in describe(model).items()])
 
 
 def convert(
