@@ -12,6 +12,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from tokenflow.cli import main
 from tokenflow.data import question_facts as facts
 from tokenflow.data.question_rows import Rows
 from tokenflow.data.question_turns import apart_turn, choice_turn, open_turns, own_turns, tidy
@@ -232,6 +233,16 @@ def test_files_of_conversations_and_tasks(packs, tmp_path):
     ]
     assert files[0] == files[1] != files[2]
     assert not (tmp_path / "other" / "yes-no-val.parquet").exists()
+
+
+def test_the_command_says_what_it_wrote(packs, tmp_path, capsys):
+    assert main(["questions", *packs, "-o", str(tmp_path), "--split", "val", "--limit", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0] == f"{tmp_path}/yes-no-val.parquet: " + lines[0].partition(": ")[2]
+    assert lines[-1].endswith("3 rows, 6 questions")
+    assert main(["questions", "-o", str(tmp_path)]) == 2
+    assert "give at least one set" in capsys.readouterr().err
 
 
 def test_names_of_classes_are_never_given_away_by_a_question_before():
