@@ -290,6 +290,6 @@ def test_our_model_in_lmms_eval(small_model_folder, tmp_path, monkeypatch, capfd
 
 def test_what_cannot_be_asked():
     with pytest.raises(UserError, match="give one of both"):
-        lmms.run(VlmEval(data="x", tasks=("pope",)))
+        lmms.run(VlmEval(data=("x",), tasks=("pope",)))
     with pytest.raises(UserError, match="no comma in a model's name"):
         lmms.run(VlmEval(model="a,b", tasks=("pope",)))

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -219,7 +220,7 @@ def measure(python: str, task: str, options: VlmEval, results: Path) -> None:
     """
     arguments = {
         "--model": "tokenflow",
-        "--model_args": f"pretrained={options.model},device={options.device}",
+        "--model_args": f"pretrained={options.model},device={options.device},dtype={options.dtype}",
         "--tasks": task,
         "--batch_size": str(options.batch_size),
         "--output_path": str(results),
@@ -228,7 +229,7 @@ def measure(python: str, task: str, options: VlmEval, results: Path) -> None:
     }
     given = [word for name, value in arguments.items() if value is not None for word in (name, value)]
     before = set(results.rglob("*_results.json"))
-    tail = b""
+    tail, decoder = "", getincrementaldecoder("utf-8")("replace")
     process = subprocess.Popen(
         [python, "-m", "lmms_eval", *given, "--log_samples"],
         stdout=subprocess.PIPE,
@@ -238,15 +239,16 @@ def measure(python: str, task: str, options: VlmEval, results: Path) -> None:
     assert process.stdout is not None
     try:
         while chunk := os.read(process.stdout.fileno(), 1 << 16):  # lines and progress bars as they come
-            sys.stderr.write(chunk.decode(errors="replace"))
+            text = decoder.decode(chunk)
+            sys.stderr.write(text)
             sys.stderr.flush()
-            tail = (tail + chunk)[-20_000:]
+            tail = (tail + text)[-20_000:]
         process.wait()
     finally:
         process.terminate()
         process.wait()
     if set(results.rglob("*_results.json")) == before:  # it ends with 0 even where it failed
-        said = re.sub(r"\x1b\[[0-9;]*m", "", tail.decode(errors="replace"))
+        said = re.sub(r"\x1b\[[0-9;]*m", "", tail)
         errors = re.findall(r"Error during evaluation: (.*?)\. Please set", said) or said.split("\n")[-2:-1]
         reason = errors[-1][:300] if errors else "it said nothing"
         raise UserError(f"lmms-eval gave no result for {task}: {reason}")
@@ -256,8 +258,8 @@ def run(options: VlmEval) -> report.Result:
     """What `tokenflow eval vlm --tasks` does: measure what is not measured yet, and make the row of Tab. 3.
 
     Returns:
-        A result of kind "benchmarks": `metrics` are the columns of Tab. 3 and the average (None where one is
-        missing), or the figures of other tasks; under "unavailable" the tasks that could not be measured.
+        A result of kind "benchmarks": `metrics` are the columns of Tab. 3, the average where none is missing,
+        and the figures of other tasks; under "unavailable" the tasks that could not be measured.
 
     Raises:
         UserError: unknown tasks, no lmms-eval, a task that failed, or nothing measured at all.

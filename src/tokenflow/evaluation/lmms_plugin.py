@@ -33,16 +33,19 @@ class TokenFlowLlava(lmms):
         pretrained: a bundled name, a folder, or a hub name.
         batch_size: questions at a time; changes the speed, not the answers.
         device: auto, cpu, cuda, cuda:1 ...; under `accelerate launch` each process takes its own.
+        dtype: of the language model; auto is that of the file.
     """
 
     is_simple = True
 
-    def __init__(self, pretrained: str, batch_size: int | str = 1, device: str = "auto") -> None:
+    def __init__(
+        self, pretrained: str, batch_size: int | str = 1, device: str = "auto", dtype: str = "auto"
+    ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
         several = self.accelerator.num_processes > 1
         name = str(self.accelerator.device) if several else device
-        self.model, self.processor = load(str(pretrained), device=name)
+        self.model, self.processor = load(str(pretrained), device=name, dtype=dtype)
         self.batch_size = int(batch_size)
         text: Any = self.model.config.text_config
         self.context = text.max_position_embeddings

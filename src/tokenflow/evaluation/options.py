@@ -120,7 +120,8 @@ class VlmEval:
     """Where to write each question with its answers, expected and given, as JSON lines."""
     tasks: tuple[str, ...] = ()
     """In place of `data`: "all" of Tab. 3, or some of SEEDB MMV POPE VQAv2 GQA TQA AI2D RWQA MMMU MMB MME.
-    They run in the environment of `make venv-vlm`."""
+    They run in the environment of `make venv-vlm`, and heed model, limit (questions of each task), dtype,
+    device, batch size and out."""
     results: str | None = None
     """Folder of lmms-eval's result files, by default vlm-results: a task with a result of the same model and
     limit is not measured again. Without `tasks`, only the table of these files is printed."""
