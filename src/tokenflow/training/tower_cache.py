@@ -155,8 +155,10 @@ class CachedTower(nn.Module):
 
     def forward(self, entries: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Indices `[B, L]` or features `[B, N, D]` to features, the one hidden state."""
-        features, tower = entries, cast(Any, self.tower)
-        if isinstance(tower, TokenFlowModel):
+        tower = cast(Any, self.tower)
+        if not isinstance(tower, TokenFlowModel):
+            features = entries.float()
+        else:
             with torch.no_grad():
                 codes = tower.to(entries.device)  # type: ignore[arg-type]
                 features = codes.features_from_indices(entries, tower.config.feature_strategy)

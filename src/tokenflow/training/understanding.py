@@ -30,7 +30,7 @@ from tokenflow.files import write_error
 from tokenflow.training import checkpointing
 from tokenflow.training.callbacks import Checkpoints, Reports, Stopping, latest_checkpoint
 from tokenflow.training.progress import StopRequest
-from tokenflow.training.sharding import check_sharding, sharding_options
+from tokenflow.training.sharding import check_sharding, sharding_options, whole_weights
 from tokenflow.training.tower_cache import CachedTower, TowerCache
 from tokenflow.training.understanding_data import (
     IGNORE,
@@ -265,7 +265,7 @@ class UnderstandingTrainer(Trainer):
 
     def complete_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Write the export into a checkpoint."""
-        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        weights = whole_weights(self)
         if self.args.should_save:
             recipe = self.recipe
             whole = recipe.stage == "instruct" and recipe.export == "whole"

@@ -101,6 +101,8 @@ def build_chat(recipe: UnderstandingRecipe) -> Chat:
         model, processor = assemble_parts(parts)  # type: ignore[arg-type]
     else:
         (model, processor), parts = load(start, device="cpu", dtype="float32"), None
+        if recipe.stage == "instruct" and recipe.export == "parts":
+            raise UserError(f"{start} holds a whole model, of which there are no parts: give --export whole")
     processor.image_processor.resize_mode = recipe.of_stage.resize_mode
     chat = Chat(model, processor, parts)
     model.requires_grad_(False)

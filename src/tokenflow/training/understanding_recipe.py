@@ -83,7 +83,8 @@ class UnderstandingRecipe:
     output_dir: str = "runs/understanding"
     """OUTPUT/STAGE gets checkpoints, log and export; a stage goes on from its newest checkpoint there"""
     init_from: str | None = None
-    """folder whose projector to start from; by default new in align, OUTPUT/align/export in instruct"""
+    """folder to start from, projector and LoRA or a whole model; by default a new projector in align,
+    OUTPUT/align/export in instruct"""
     export: Literal["parts", "whole"] = "whole"
     """of stage instruct. "whole": for LlavaForConditionalGeneration. "parts": projector and LoRA alone"""
     cache: str | None = None
