@@ -9,7 +9,7 @@ import pytest
 from tokenflow.cli import main
 from tokenflow.errors import UserError
 from tokenflow.evaluation import report
-from tokenflow.evaluation.features import PUBLISHED, average_of, by_features, orders
+from tokenflow.evaluation.features import PUBLISHED, average_of, by_features, error_of_difference, orders
 
 # Right answers of 400, and CIDEr-D.
 FIGURES = {
@@ -36,6 +36,10 @@ def result(features: str, right: int, cider: float, **changes) -> report.Result:
         },
         "fingerprint": {"reference": {"sha256": "1"}},
         "model": {"name": f"chat {features}", "features": features},
+        "each": {
+            "yes-no": " ".join("1" if i < right else "0" for i in range(400)),
+            "captions": " ".join(f"{cider + 0.1 * (-1) ** i:.3f}" for i in range(100)),
+        },
         **changes,
     }
 
@@ -51,7 +55,15 @@ def test_averages_and_their_errors(results):
     assert error == pytest.approx(math.hypot(math.sqrt(0.75 * 0.25 / 400), 0.01) / 2)
 
 
+def test_errors_are_paired_by_question(results):
+    # 4 of 400 answers differ; captions differ by nothing.
+    expected = math.sqrt((4 / 400 - (4 / 400) ** 2) * 400 / 399 / 400) / 2
+    assert error_of_difference(*results[:2]) == pytest.approx(expected)
+    assert error_of_difference(results[0], results[0]) == 0
+
+
 def test_orders_hold_or_not_or_cannot_be_told(results):
+    results[1]["each"]["yes-no"] = " ".join(results[1]["each"]["yes-no"].split()[::-1])  # right elsewhere
     found = by_features(results[::-1])
     assert list(found) == list(PUBLISHED)
     verdicts = {order.name.partition(":")[0] + order.name[-9:]: order.verdict for order in orders(found)}

@@ -17,6 +17,7 @@ from tokenflow.errors import UserError
 from tokenflow.evaluation import report, vlm
 from tokenflow.evaluation.answers import (
     Question,
+    each_figure,
     equal_answers,
     main_figure,
     normalise,
@@ -96,6 +97,9 @@ def test_tasks_are_scored_apart():
     assert main_figure(found["yes-no"]) == ("accuracy", 1 / 2, pytest.approx((1 / 8) ** 0.5))
     assert found["average"] == pytest.approx((1 / 2 + 1 / 2 + figure) / 3)
     assert "average" not in score(questions[:2])
+    each = each_figure(questions)
+    assert (each["yes-no"], each["what-is-it"]) == ([1, 0], [1, 0])
+    assert sum(each["captions"]) / 2 == figure
 
 
 def test_rows_of_both_layouts():
@@ -197,6 +201,7 @@ def test_several_sets_and_plain_text_in_one_result(chat_folder, asked, tmp_path)
     assert result["metrics"]["other"]["questions"] == 4
     assert set(result["fingerprint"]["reference"]) == {"shapes", "c.parquet"}
     assert result["model"]["features"] == "last"
+    assert len(result["each"]["other"].split()) == 4
     assert report.read(out) == result
     text = vlm.run(VlmEval(model=str(chat_folder), text=True))
     assert text["metrics"] == {"text": result["metrics"]["text"]}

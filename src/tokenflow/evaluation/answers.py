@@ -107,6 +107,18 @@ def main_figure(figures: dict[str, Any]) -> tuple[str, float, float]:
     return "accuracy", share, math.sqrt(share * (1 - share) / figures["questions"])
 
 
+def each_figure(questions: Sequence[Question]) -> dict[str, list[float]]:
+    """By task, what each question adds to the task's main figure: its CIDEr-D, or 1 for a right answer."""
+    found: dict[str, list[float]] = {}
+    for task in dict.fromkeys(q.task for q in questions):
+        asked = [q for q in questions if q.task == task]
+        if task == CAPTIONS:
+            found[task] = cider_d([q.given for q in asked], [q.expected for q in asked])
+        else:
+            found[task or "other"] = [float(q.is_right) for q in asked]
+    return found
+
+
 def _score_task(questions: Sequence[Question]) -> dict[str, Any]:
     if questions[0].task == CAPTIONS:
         each = cider_d([q.given for q in questions], [q.expected for q in questions])

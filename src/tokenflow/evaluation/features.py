@@ -81,7 +81,7 @@ def by_features(results: Sequence[report.Result]) -> dict[str, report.Result]:
     found: dict[str, report.Result] = {}
     for result in results:
         name, features = result["model"]["name"], result["model"].get("features")
-        if features not in PUBLISHED or not tasks_of(result):
+        if features not in PUBLISHED or not tasks_of(result) or "each" not in result:
             raise UserError(f"{name}: needs a result of eval vlm on the files of tokenflow questions")
         if features in found:
             raise UserError(f"{name} and {found[features]['model']['name']} are both shown {features!r}")
@@ -108,17 +108,25 @@ def average_of(result: report.Result) -> tuple[float, float]:
 
 
 def orders(results: dict[str, report.Result]) -> list[Order]:
-    """The paper's orders of which both sides were measured.
-
-    The standard error takes the two sides as independent. They answer the same questions, so that the true
-    one is smaller: "holds" and "does not hold" are on the safe side.
-    """
+    """The paper's orders of which both sides were measured; errors are paired by question."""
     found = []
     for name, above, below, published in ORDERS:
         if above in results and below in results:
-            (upper, one), (lower, other) = average_of(results[above]), average_of(results[below])
-            found.append(Order(name, published, upper, lower, math.hypot(one, other)))
+            upper, lower = results[above], results[below]
+            error = error_of_difference(upper, lower)
+            found.append(Order(name, published, average_of(upper)[0], average_of(lower)[0], error))
     return found
+
+
+def error_of_difference(one: report.Result, other: report.Result) -> float:
+    """Standard error of the difference of two averages of the same questions."""
+    errors = []
+    for task in tasks_of(one):
+        pairs = zip(one["each"][task].split(), other["each"][task].split(), strict=True)
+        differences = [float(a) - float(b) for a, b in pairs]
+        spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        errors.append(spread / math.sqrt(len(differences)))
+    return math.hypot(*errors) / len(errors)
 
 
 def compare(results: Sequence[report.Result]) -> Group:

@@ -16,7 +16,7 @@ from tokenflow.data.images import ImageError, read_image
 from tokenflow.data.sources import Source, default_split, encoded_image, open_source, stream_rows
 from tokenflow.errors import UserError
 from tokenflow.evaluation import report
-from tokenflow.evaluation.answers import CAPTIONS, Question, score
+from tokenflow.evaluation.answers import CAPTIONS, Question, each_figure, score
 from tokenflow.evaluation.options import VlmEval
 from tokenflow.files import atomic_write
 
@@ -126,7 +126,8 @@ def evaluate_questions(
         instruction, max_new_tokens, batch_size: as in `answer`.
 
     Returns:
-        A result for `report`, and the questions with the answers given.
+        A result for `report`, and the questions with the answers given. Besides the usual it has "each": by
+        task the figures of the single questions, so that two models can be compared question by question.
 
     Raises:
         UserError: no questions, or columns that do not hold them.
@@ -170,6 +171,7 @@ def evaluate_questions(
         "metrics": score(done),
         "fingerprint": fingerprint,
         "model": fingerprint_of(model, name),
+        "each": {task: " ".join(f"{x:.4g}" for x in each) for task, each in each_figure(done).items()},
         "skipped": skipped,
         "seconds": round(time.perf_counter() - started, 1),
     }
