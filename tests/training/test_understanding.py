@@ -283,6 +283,6 @@ def test_the_command_trains_both_stages(recipe, conversations, language_model, t
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert f"the model: {tmp_path / 'cli' / stage / 'export'}" in done.stdout
-        assert "1 conversations skipped" in done.stdout
+        assert "1 conversation skipped" in done.stdout
     adapter = load_file(tmp_path / "cli" / "instruct" / "export" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 7

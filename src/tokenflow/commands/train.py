@@ -44,7 +44,8 @@ def understanding(recipe: Any) -> int:
 
     done = train_understanding(recipe)
     if done.skipped:
-        _say_once(f"{done.skipped:,} conversations skipped: {recipe.folder}/skipped.txt says why")
+        what = "conversation" if done.skipped == 1 else "conversations"
+        _say_once(f"{done.skipped:,} {what} skipped: {recipe.folder}/skipped.txt says why")
     return _report(done)
 
 

@@ -28,7 +28,8 @@ def lr_factor(step: int, recipe: TrainRecipe) -> float:
 
 
 # What may change from one invocation of a run to the next without another course of the training.
-FREE_FIELDS = {"steps", "max_minutes", "output_dir", "keep", "trackers", "data.num_workers"}
+FREE_FIELDS = {"steps", "max_minutes", "output_dir", "keep", "trackers", "cache"}
+FREE_FIELDS |= {"num_workers", "data.num_workers"}
 
 
 def recipe_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
