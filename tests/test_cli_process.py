@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tokenflow.cli import EXTRAS
 
 TOKENFLOW = Path(sys.executable).with_name("tokenflow")
 
@@ -63,6 +66,14 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2():
     assert (
         done.stderr == "tokenflow: error: unknown recipe 'tokenflow-tyni'; did you mean 'tokenflow-tiny'?\n"
     )
+
+
+def test_extras_bring_the_packages_that_errors_name_them_for():
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    extras = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        name = {"sklearn": "scikit-learn"}.get(package, package)
+        assert any(line.startswith(name) for line in extras[extra]), f"{extra} does not bring {package}"
 
 
 def test_a_reader_that_leaves_early_is_no_error():

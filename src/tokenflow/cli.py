@@ -63,9 +63,12 @@ EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
     "tensorboard": "train",
+    "faiss": "faiss",
+    "gguf": "chat",
+    "peft": "chat",
     "ray": "ray",
-    "torchmetrics": "eval",
     "sklearn": "eval",
+    "torchmetrics": "eval",
 }
 
 
