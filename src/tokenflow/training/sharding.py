@@ -1,4 +1,4 @@
-"""FSDP2 by transformers' Trainer: what it is asked for, and that it is what happens."""
+"""FSDP2 by transformers' Trainer: what it is asked for, that it is what happens, whole weights out of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import Trainer
 
@@ -57,3 +57,12 @@ def gather_in(model: nn.Module, *methods: str) -> None:
     if isinstance(model, FSDPModule):
         for method in methods:
             register_fsdp_forward_method(model, method)
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The model's state dict, whole and by its own names, however it is wrapped; all processes must ask.
+
+    It may hold the model's own tensors: use it before they change. Of shards, only the first process gets it.
+    """
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}  # torch.compile's

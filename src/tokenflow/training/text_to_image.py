@@ -33,7 +33,7 @@ from tokenflow.training.generation_data import GenerationRows
 from tokenflow.training.generation_models import Generator, build_generator, load_image_tokenizer
 from tokenflow.training.muon import MuonAdamW, muon_groups
 from tokenflow.training.progress import StopRequest
-from tokenflow.training.sharding import check_sharding, sharding_options
+from tokenflow.training.sharding import check_sharding, sharding_options, whole_weights
 from tokenflow.training.text_to_image_recipe import ClassToImageRecipe, TextToImageRecipe
 
 Recipe = TextToImageRecipe | ClassToImageRecipe
@@ -165,7 +165,7 @@ class GenerationTrainer(Trainer):
         """Write the averages and, with averaged weights, the export into a checkpoint."""
         averages = {name: whole(t).cpu() for name, t in self.average.averages.items()}
         with self.average.applied():  # until all is written: a state dict may hold the model's own tensors
-            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            weights = whole_weights(self)
             if self.args.should_save:
                 checkpointing.save_tensors(averages, folder / "averages.safetensors")
                 self.generator.save(folder / "export", weights)
