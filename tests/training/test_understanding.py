@@ -268,6 +268,7 @@ def test_recipes_state_the_papers_values():
     assert UNDERSTANDING_RECIPES["cambrian-qwen2.5-14b"]().instruct.labels == "released"
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_stages(recipe, conversations, language_model, tmp_path):
     m = recipe.model
     common = [
