@@ -17,7 +17,7 @@ from tokenflow.data import question_facts as facts
 from tokenflow.data.question_rows import Rows
 from tokenflow.data.question_turns import apart_turn, choice_turn, open_turns, own_turns, tidy
 from tokenflow.data.question_words import GROUPS, PLAIN_NAMES
-from tokenflow.data.questions import chunks, conversations, tasks, write_questions
+from tokenflow.data.questions import chunks, conversations, descriptions, tasks, write_questions
 from tokenflow.errors import UserError
 
 DOG = [
@@ -201,6 +201,8 @@ def test_files_of_conversations_and_tasks(packs, tmp_path):
         "captioned-train.parquet",
         "labelled-train.parquet",
         "asked-train.parquet",
+        "labelled-align.parquet",
+        "captioned-align.parquet",
         *(f"{task}-val.parquet" for task in ("yes-no", "what-is-it", "which-of-these", "captions", "qa")),
     ]
     for path, pictures, asked in written:
@@ -233,6 +235,23 @@ def test_files_of_conversations_and_tasks(packs, tmp_path):
     ]
     assert files[0] == files[1] != files[2]
     assert not (tmp_path / "other" / "yes-no-val.parquet").exists()
+
+
+def test_stage_align_sees_each_picture_once_with_a_caption_or_its_name(packs, tmp_path):
+    write_questions(packs, tmp_path, split="train")
+    told = {}
+    for name in ("captioned", "labelled"):
+        rows = datasets.Dataset.from_parquet(str(tmp_path / f"{name}-align.parquet"))
+        assert all(len(talk) == 2 for talk in rows["conversations"])
+        told[name] = dict(zip(rows["id"], (talk[1]["value"] for talk in rows["conversations"]), strict=True))
+        numbers = [int(row.rpartition("-")[2]) for row in rows["id"]]
+        assert sorted(numbers) == list(range(len(rows))) != numbers
+    assert told["captioned"]["captioned-3"] == "Snow."
+    assert {told["captioned"][f"captioned-{i}"] for i in (0, 4, 8)} <= {tidy(caption) for caption in DOG}
+    assert told["labelled"]["labelled-2"] == "red panda"
+    assert not (tmp_path / "asked-align.parquet").exists()
+    rows = Rows("some", [{}] * 3, {"captions": [["A dog"], None, [" "]]}, {})
+    assert len(descriptions([rows], seed=0)["some"]) == 1
 
 
 def test_the_command_says_what_it_wrote(packs, tmp_path, capsys):

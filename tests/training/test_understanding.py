@@ -279,7 +279,7 @@ def test_the_command_trains_both_stages(recipe, conversations, language_model, t
     for stage in ("align", "instruct"):
         options = [f"--{stage}.sources", str(conversations), f"--{stage}.steps", "1"]
         done = subprocess.run(
-            [*common, "--stage", stage, *options, f"--{stage}.batch-size", "2"],
+            [*common, "--stage", stage, *options, f"--{stage}.batch-size", "4"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -77,7 +77,8 @@ def questions(
     Args:
         sets: Folders of parquet files with captions, label_name or questions and answers. All together, since
             the classes of one are wrong answers for another.
-        output: The folder for SET-train.parquet (conversations) and TASK-val.parquet (questions).
+        output: The folder for SET-align.parquet (descriptions and names, for stage align), SET-train.parquet
+            (conversations, for stage instruct) and TASK-val.parquet (questions).
         split: Only one of the two.
         seed: Of what is asked, and how.
         limit: About so many questions a task of val; half as many captions.

@@ -122,6 +122,27 @@ def conversations(sets: Sequence[Rows], seed: int) -> dict[str, list[dict[str, A
     return found
 
 
+def descriptions(sets: Sequence[Rows], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Each picture once, with its class name or one of its captions: what stage align learns from.
+
+    Returns:
+        As `conversations`, of one question and answer each; nothing for a set without names and captions.
+    """
+    found = {}
+    for rows in _labelled(sets) + _captioned(sets):
+        rng = random.Random(f"{seed} align {rows.name}")
+        if rows.has("label_name"):
+            told = [(rng.choice(NAME), facts.plain_name(name)) for name in rows.columns["label_name"]]
+        else:
+            known = [rng.choice(captions or [""]) for captions in rows.columns["captions"]]
+            told = [(rng.choice(DESCRIBE), tidy(caption) if caption.strip() else "") for caption in known]
+        talks = [_conversation(rows, i, [turn], rng) for i, turn in enumerate(told) if turn[1]]
+        rng.shuffle(talks)
+        if talks:
+            found[rows.name] = talks
+    return found
+
+
 def _conversation(rows: Rows, i: int, turns: Sequence[Turn], rng: random.Random) -> dict[str, Any]:
     said = []
     for number, (question, answer) in enumerate(turns):
@@ -255,8 +276,8 @@ def write_questions(
     seed: int = 0,
     limit: int = 600,
 ) -> list[tuple[Path, int, int]]:
-    """What `tokenflow questions` does: conversations of train, SET-train.parquet, and questions of val,
-    TASK-val.parquet.
+    """What `tokenflow questions` does: of train, conversations, SET-train.parquet, and descriptions,
+    SET-align.parquet; of val, questions, TASK-val.parquet.
 
     Args:
         sets: folders of parquet files, or hub names, with captions, labels or questions.
@@ -284,9 +305,13 @@ def write_questions(
         names = [rows.name for rows in opened]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise UserError(f"two sets are called {doubled.pop()}; their files would have the same name")
-        made = conversations(opened, seed) if part == "train" else tasks(opened, limit, seed)
+        if part == "val":
+            made = {f"{task}-val": rows for task, rows in tasks(opened, limit, seed).items()}
+        else:
+            made = {f"{name}-train": rows for name, rows in conversations(opened, seed).items()}
+            made |= {f"{name}-align": rows for name, rows in descriptions(opened, seed).items()}
         for name, rows in made.items():
-            file = output / f"{name}-{part}.parquet"
+            file = output / f"{name}.parquet"
             write_rows(rows, file)
             turns = sum(len(row.get("questions") or row["conversations"][::2]) for row in rows)
             written.append((file, len(rows), turns))
