@@ -23,7 +23,7 @@ def llava15_vicuna_13b() -> UnderstandingRecipe:
         torchrun --nproc-per-node 8 -m tokenflow train understanding llava15-vicuna-13b --stage instruct \\
             --model.tower TOKENIZER --instruct.sources llava_v1_5_mix665k.json --instruct.image-folder IMAGES
 
-    About a day on 8 GPUs of 80 GB; --fsdp-config shards the second stage.
+    TOKENIZER is a converted released tokenizer; --fsdp-config shards the second stage over the GPUs.
     """
     return UnderstandingRecipe(
         model=ChatModelRecipe(
