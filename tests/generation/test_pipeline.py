@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tokenflow import TextToImagePipeline, TokenFlowModel
 from tokenflow.errors import UserError
+from tokenflow.training.checkpointing import export_half_generator
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,24 @@ def test_saving_and_loading(pipe, tmp_path):
     half = TextToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.model.lm_head.weight.dtype == half.tokenizer.decoder_dtype == torch.bfloat16
     assert half("a hat", seed=0).images[0].size == (32, 32)
+
+
+def test_the_form_that_ships_names_its_image_tokenizer(pipe, small_pipeline_folder, tmp_path):
+    named = str(small_pipeline_folder / "tokenizer")
+    folder = export_half_generator(small_pipeline_folder, tmp_path / "half", named)
+    stored = load_file(folder / "model.safetensors")
+    assert stored.pop("code_table.codes").dtype == torch.float32
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float16}
+    assert not (folder / "tokenizer").exists()
+    half = TextToImagePipeline.from_pretrained(folder)
+    assert half.model.dtype == torch.float32
+    assert torch.equal(half.tokenizer.quantizer.quantizer.codes(), pipe.tokenizer.quantizer.quantizer.codes())
+    for name, t in half.model.state_dict().items():
+        torch.testing.assert_close(t, pipe.model.state_dict()[name], rtol=1e-3, atol=1e-6)
+    half.model.config.image_tokenizer = None
+    half.model.save_pretrained(folder)
+    with pytest.raises(UserError, match="no image tokenizer in tokenizer/"):
+        TextToImagePipeline.from_pretrained(folder)
 
 
 def test_push_to_hub_is_there():

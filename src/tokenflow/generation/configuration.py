@@ -24,6 +24,8 @@ class TokenFlowTextToImageConfig(PreTrainedConfig):
         image_open_ids, image_close_ids (`list[int]`): the sub-words of the markers `<img>` and `</img>`,
             which are ordinary text. Kept here so that sampling and training need no text tokenizer.
         pad_token_id, bos_token_id, eos_token_id (`int`): of the text vocabulary.
+        image_tokenizer (`str`): the image tokenizer where the model's folder has none in `tokenizer/`: a
+            bundled name, a folder or a hub name.
 
     Raises:
         UserError: a value that no model can have.
@@ -42,6 +44,7 @@ class TokenFlowTextToImageConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+    image_tokenizer: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

@@ -71,7 +71,8 @@ class Preview:
 class PicturePipeline(PushToHubMixin):
     """A model that predicts codes, and the image tokenizer whose codes they are.
 
-    A folder holds the model, its subfolder `tokenizer/` the image tokenizer.
+    A folder holds the model, its subfolder `tokenizer/` the image tokenizer, unless the model's config names
+    that (as bundled models do: the package holds each tokenizer once).
 
     Raises:
         UserError: the model was made for another image tokenizer.
@@ -100,15 +101,20 @@ class PicturePipeline(PushToHubMixin):
         ours = cls.model_class.config_class.model_type  # type: ignore[union-attr]  # both have one
         if kind != ours and kind in DRAWS_FROM:
             raise UserError(f"{name} draws from {DRAWS_FROM[kind]}")
+        named = None
         if os.path.isdir(name) and not (Path(name) / IMAGE_TOKENIZER / "config.json").is_file():
-            raise UserError(
-                f"{name} has no image tokenizer in {IMAGE_TOKENIZER}/; give a {cls.__name__}'s folder"
-            )
+            named = PreTrainedConfig.get_config_dict(name)[0].get("image_tokenizer")
+            if named is None:
+                raise UserError(
+                    f"{name} has no image tokenizer in {IMAGE_TOKENIZER}/; give a {cls.__name__}'s folder"
+                )
         if kind != ours:
             raise UserError(f"{name} is no model that draws: its config says model_type {kind!r}")
         model = cls.model_class.from_pretrained(name, dtype=dtype, **kwargs)
-        tokenizer = TokenFlowModel.from_pretrained(name, dtype=dtype, subfolder=IMAGE_TOKENIZER, **kwargs)
-        return name, model, tokenizer
+        if named is None:
+            at = {"subfolder": IMAGE_TOKENIZER, **kwargs}
+            return name, model, TokenFlowModel.from_pretrained(name, dtype=dtype, **at)
+        return name, model, TokenFlowModel.from_pretrained(named, dtype=dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write what `from_pretrained` reads; `kwargs` go to the models (`max_shard_size`, ...)."""

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +149,7 @@ def point_to(link: Path, target: Path) -> None:
 
 
 def export_half(model_dir: str | Path, out: str | Path) -> Path:
-    """Write the model in `model_dir` in the form that ships with the package: half-precision safetensors.
+    """Write the tokenizer in `model_dir` in the form that ships with the package: half-precision safetensors.
 
     Codebooks and weights are float16 in the file and float32 again after `TokenFlowModel.from_pretrained`.
     The folder also gets config.json and preprocessor_config.json.
@@ -159,16 +160,43 @@ def export_half(model_dir: str | Path, out: str | Path) -> Path:
     from tokenflow.tokenizer.modeling import TokenFlowModel
 
     model = TokenFlowModel.from_pretrained(model_dir)
-    state = {}
-    for name, t in model.state_dict().items():
-        state[name] = t.to(torch.float16) if t.is_floating_point() else t
-        if not state[name].isfinite().all():
-            raise UserError(f"{model_dir}: {name} has values beyond the range of float16 (65504)")
+    state = _halves(model.state_dict(), model_dir)
+    return _fill(out, lambda folder: save_export(model, state, folder))
+
+
+def export_half_generator(model_dir: str | Path, out: str | Path, image_tokenizer: str) -> Path:
+    """The same for a text-to-image model, whose image tokenizer is named instead of copied.
+
+    Code vectors stay float32: the model was trained on these.
+    """
+    from tokenflow.generation.pipeline import TextToImagePipeline
+
+    pipe = TextToImagePipeline.from_pretrained(model_dir)
+    state = _halves(pipe.model.state_dict(), model_dir) | {"code_table.codes": pipe.model.code_table.codes}
+    pipe.model.config.image_tokenizer = image_tokenizer
+
+    def write(folder: Path) -> None:
+        pipe.model.save_pretrained(folder, state_dict=state)
+        pipe.text_tokenizer.save_pretrained(folder)
+
+    return _fill(out, write)
+
+
+def _halves(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    halves = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    for name, t in halves.items():
+        if not t.isfinite().all():
+            raise UserError(f"{source}: {name} has values beyond the range of float16 (65504)")
+    return halves
+
+
+def _fill(out: str | Path, write: Callable[[Path], None]) -> Path:
+    """Write files into a folder, each whole or not at all; a card beside them stays."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".") as temporary:  # a card beside the files stays
-            save_export(model, state, Path(temporary))
+        with tempfile.TemporaryDirectory(dir=out, prefix=".") as temporary:
+            write(Path(temporary))
             for path in Path(temporary).iterdir():
                 flush(path)
                 os.replace(path, out / path.name)
