@@ -32,7 +32,7 @@ class TokenFlowLlava(lmms):
     Args:
         pretrained: a bundled name, a folder, or a hub name.
         batch_size: questions at a time; changes the speed, not the answers.
-        device: auto, cpu, cuda, cuda:1 ...; under `accelerate launch` each process takes its own.
+        device: auto, cpu, cuda, cuda:1 ...; under `torchrun` each process takes its own.
         dtype: of the language model; auto is that of the file.
     """
 
