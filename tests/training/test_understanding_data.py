@@ -11,6 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tokenflow.data.conversations import ConversationError, clean_messages
+from tokenflow.data.images import ImageError
+from tokenflow.errors import UserError
 from tokenflow.training.understanding_data import (
     IGNORE,
     ConversationCollator,
@@ -136,6 +138,42 @@ def test_the_order_goes_on_epoch_after_epoch_and_sources_are_weighted():
     few = rows_like([1, 2, 3], [True, True, False])
     assert len(list(GroupedOrder(few, [1.0], 8, 16, seed=0))) == 16
     assert GroupedOrder.rows_an_epoch(few, [1.0], 8) == 8
+
+
+def test_the_place_of_an_unusable_row_is_taken_by_another_that_is_drawn():
+    class Some:
+        source = "some.json"
+
+        def __len__(self):
+            return 6
+
+        def sizes(self):
+            return np.array([[40] * 6, [1] * 6])
+
+        def messages(self, row, pictures):
+            if row != 5:
+                return clean_messages(turns("<image>\nWhat?", f"the {row}"), pictures)
+            raise ConversationError("row 5 is empty")
+
+        def name(self, row):
+            return f"row {row}"
+
+    def pictures(source, row):
+        if row == 0:
+            raise ImageError("cannot read image of row 0")
+        return [f"picture {row}"]
+
+    rows = ConversationRows([Some()], pictures, encoder("qwen", "smollm2"))
+    assert list(rows.lengths) == [13] * 6
+    assert rows[3]["pictures"] == ["picture 3"]
+    assert rows[3]["skipped"] == []
+    rows.drawn = np.array([0, 2, 5])
+    for broken, message in ((0, "cannot read image of row 0"), (5, "row 5 is empty")):
+        assert rows[broken]["pictures"] == ["picture 2"]
+        assert message in rows[broken]["skipped"]
+    rows.drawn = np.array([0, 5])
+    with pytest.raises(UserError, match="2 conversations tried, none can be used; the last: "):
+        rows[0]
 
 
 def test_batches_are_padded_to_the_longest_and_pads_are_masked():

@@ -51,24 +51,22 @@ class TowerCache:
         self.parts: list[Tensor] = []
         self.places: dict[bytes, Place] = {}
         self.of_row: dict[tuple[int, int], list[bytes]] = {}
+        self.broken: dict[tuple[int, int], str] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             self._add(load_file(file))
 
     def __call__(self, source: int, row: int) -> list[Tensor]:
+        if message := self.broken.get((source, row)):
+            raise ImageError(message)
         places = [self.places[key] for key in self.of_row[source, row]]
         entries = [self.parts[part][place] for part, place in places]
         return [entry.int() if entry.dtype == torch.uint16 else entry for entry in entries]
 
-    def encode(self, data: Sequence[Conversations]) -> dict[tuple[int, int], str]:
-        """Have entries for all pictures of all rows.
-
-        Returns:
-            The rows with a picture that cannot be read, and what is wrong with it.
-        """
-        broken: dict[tuple[int, int], str] = {}
+    def encode(self, data: Sequence[Conversations], rows: Sequence[tuple[int, int]]) -> None:
+        """Have entries for all pictures of some rows, each a source and its row; `broken` says which have a
+        picture that cannot be read, and what is wrong with it."""
         waiting: dict[bytes, Tensor] = {}
         made: dict[bytes, Tensor] = {}
-        rows = [(source, row) for source, rows in enumerate(data) for row in range(len(rows))]
         for source, row in tqdm(rows, desc="looking at pictures", unit="row", mininterval=1.0):
             try:
                 self.of_row[source, row] = [
@@ -76,7 +74,7 @@ class TowerCache:
                     for image in data[source].images(row)
                 ]
             except ImageError as error:
-                broken[source, row] = str(error)
+                self.broken[source, row] = str(error)
             if len(waiting) >= _BATCH:
                 made |= self._values(waiting)
             if len(made) >= _PART:
@@ -85,7 +83,6 @@ class TowerCache:
             made |= self._values(waiting)
         if made:
             self._keep(made)
-        return broken
 
     def _key(self, image: Any, name: str, made: dict[bytes, Tensor], waiting: dict[bytes, Tensor]) -> bytes:
         """The key of a picture; one that is new is opened and waits for the tower."""

@@ -5,7 +5,8 @@ What is notable:
   (`understanding_data`), and the callbacks that all our runs share;
 - the head reads only the positions before a label: the logits of all others are never made;
 - the loss is the mean over all labels of an optimizer step, whatever the parts that a step is made in;
-- with a cache the vision tower runs once a picture, not once a step; what does not learn is in bfloat16;
+- with a cache the vision tower runs once a picture, not once a step, and for no picture that the steps leave
+  out; what does not learn is in bfloat16;
 - a run started again goes on from its newest complete checkpoint and sees the batches that would have come.
 """
 
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -98,17 +101,20 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
         raise write_error(folder, error) from error
     skipped = Skipped(folder / "skipped.txt")
     with arguments.main_process_first():  # it fills the cache that the others read
-        rows, times = open_rows(recipe, chat, stage.sources, "train", skipped)
+        rows, times = open_rows(recipe, chat, stage.sources, "train")
+        an_epoch = GroupedOrder.rows_an_epoch(rows, times, stage.batch_size) // stage.batch_size
+        steps = stage.steps or max(1, round(stage.epochs * an_epoch))
+        order = GroupedOrder(rows, times, stage.batch_size, steps * stage.batch_size, recipe.seed)
+        draw(rows, order, skipped)
         eval_rows = None
         if stage.eval_sources:
-            eval_rows, _ = open_rows(recipe, chat, stage.eval_sources, "val", skipped)
+            eval_rows, _ = open_rows(recipe, chat, stage.eval_sources, "val")
+            draw(eval_rows, range(min(recipe.eval_rows, len(eval_rows))), skipped)
     if recipe.cache is not None:
         chat.model.model.vision_tower = CachedTower(chat.model.model.vision_tower)
-    an_epoch = GroupedOrder.rows_an_epoch(rows, times, stage.batch_size) // stage.batch_size
-    steps = stage.steps or max(1, round(stage.epochs * an_epoch))
     arguments.max_steps = steps
     arguments.warmup_steps = math.ceil(recipe.warmup * steps)
-    trainer = UnderstandingTrainer(recipe, arguments, chat, rows, times, eval_rows, skipped)
+    trainer = UnderstandingTrainer(recipe, arguments, chat, order, eval_rows, skipped)
     last = latest_checkpoint(folder)
     if last is not None and int(last.name.split("-")[1]) >= steps:
         return TrainResult(steps, "steps", folder / "export", len(skipped.lines))
@@ -119,9 +125,9 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
 
 
 def open_rows(
-    recipe: UnderstandingRecipe, chat: Chat, texts: tuple[str, ...], split: str, skipped: Skipped
+    recipe: UnderstandingRecipe, chat: Chat, texts: tuple[str, ...], split: str
 ) -> tuple[ConversationRows, list[float]]:
-    """The usable conversations of sources, and how often each source is read in an epoch."""
+    """The conversations of sources, and how often each source is read in an epoch."""
     stage, config = recipe.of_stage, chat.model.config
     data, times = open_conversations(texts, split, stage.image_folder)
     encoder = ConversationEncoder(
@@ -133,13 +139,27 @@ def open_rows(
     )
     if recipe.cache is None:
         return ConversationRows(data, PicturePixels(data, chat.processor), encoder), times
-    cache = TowerCache(recipe.cache, chat.model, chat.processor)
-    broken = cache.encode(data)
-    skipped.add(list(broken.values()))
-    if broken:
-        total = sum(map(len, data))
-        logger.warning("%d of %d conversations have no usable picture: %s", len(broken), total, skipped.path)
-    return ConversationRows(data, cache, encoder, frozenset(broken)), times
+    return ConversationRows(data, TowerCache(recipe.cache, chat.model, chat.processor), encoder), times
+
+
+def draw(rows: ConversationRows, order: Iterable[int], skipped: Skipped) -> None:
+    """Have the tower look at the rows that will be read, and name those without a usable picture.
+
+    Raises:
+        UserError: there is no other.
+    """
+    rows.drawn = np.unique(list(order))
+    if not isinstance(rows.pictures, TowerCache):
+        return
+    cache, count = rows.pictures, len(rows.drawn)
+    cache.encode(rows.data, [(int(rows.sources[place]), int(rows.rows[place])) for place in rows.drawn])
+    skipped.add(list(cache.broken.values()))
+    if len(cache.broken) == count:
+        raise UserError(f"no conversation can be used: see what is wrong with them in {skipped.path}")
+    if cache.broken:
+        logger.warning(
+            "%d of %d conversations have no usable picture: %s", len(cache.broken), count, skipped.path
+        )
 
 
 class UnderstandingTrainer(Trainer):
@@ -150,12 +170,11 @@ class UnderstandingTrainer(Trainer):
         recipe: UnderstandingRecipe,
         arguments: TrainingArguments,
         chat: Chat,
-        rows: ConversationRows,
-        times: list[float],
+        order: GroupedOrder,
         eval_rows: ConversationRows | None,
         skipped: Skipped,
     ):
-        self.recipe, self.chat, self.rows, self.times = recipe, chat, rows, times
+        self.recipe, self.chat, self.order = recipe, chat, order
         self.eval_rows, self.skipped = eval_rows, skipped
         self.stop = StopRequest(None)
         pad = chat.processor.tokenizer.pad_token_id
@@ -163,7 +182,7 @@ class UnderstandingTrainer(Trainer):
             model=chat.model,
             args=arguments,
             data_collator=ConversationCollator(pad),
-            train_dataset=rows,
+            train_dataset=order.rows,
             eval_dataset=eval_rows,
             callbacks=[Stopping(self), Checkpoints(self, recipe.folder)],
         )
@@ -176,8 +195,7 @@ class UnderstandingTrainer(Trainer):
             self.add_callback(Reports(recipe, recipe.folder, size, rate, _SHOWN))  # hears of all others' logs
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedOrder:
-        size = self.recipe.of_stage.batch_size
-        return GroupedOrder(self.rows, self.times, size, self.args.max_steps * size, self.recipe.seed)
+        return self.order
 
     # ---------------------------------------------------------------------------------------------- the loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

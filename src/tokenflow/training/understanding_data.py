@@ -141,7 +141,7 @@ def picture_name(data: Conversations, row: int, image: Any) -> str:
 
 
 class ConversationRows(Dataset):
-    """The usable conversations of several sources as ids, labels and pictures.
+    """The conversations of several sources as ids, labels and pictures.
 
     An item is `{"input_ids", "labels"}` (lists of one length), `"pictures"` (tensors) and `"skipped"`: what
     is wrong with the rows that this one takes the place of.
@@ -150,41 +150,32 @@ class ConversationRows(Dataset):
         data: the sources, opened.
         pictures: gives the pictures of a row.
         encoder: gives ids and labels.
-        unusable: pairs of source and row to leave out.
+
+    Attributes:
+        drawn: the places that will be read, all until told otherwise; others take nobody's place.
 
     Raises:
-        UserError: there is no usable row.
+        UserError: there is no row.
     """
 
-    def __init__(
-        self,
-        data: Sequence[Conversations],
-        pictures: Pictures,
-        encoder: ConversationEncoder,
-        unusable: frozenset[tuple[int, int]] = frozenset(),
-    ):
+    def __init__(self, data: Sequence[Conversations], pictures: Pictures, encoder: ConversationEncoder):
         self.data, self.pictures, self.encoder = data, pictures, encoder
-        sources, rows, lengths, marks = [], [], [], []
-        for number, source in enumerate(data):
-            keep = np.array([(number, row) not in unusable for row in range(len(source))], dtype=bool)
-            characters, images = source.sizes()
-            rows.append(np.flatnonzero(keep))
-            sources.append(np.full(len(rows[-1]), number))
-            # About four characters a token: enough to tell long from short without reading every row.
-            lengths.append((characters // 4 + images * encoder.image_tokens)[keep])
-            marks.append(images[keep] > 0)
-        self.sources, self.rows = np.concatenate(sources), np.concatenate(rows)
-        self.lengths, self.pictured = np.concatenate(lengths), np.concatenate(marks)
+        self.sources = np.repeat(np.arange(len(data)), [len(source) for source in data])
+        self.rows = np.concatenate([np.arange(len(source)) for source in data])
+        characters, images = np.concatenate([source.sizes() for source in data], axis=1)
+        # About four characters a token: enough to tell long from short without reading every row.
+        self.lengths, self.pictured = characters // 4 + images * encoder.image_tokens, images > 0
+        self.drawn = np.arange(len(self.rows))
         if not len(self.rows):
-            raise UserError("no conversation can be used: see what is wrong with them in skipped.txt")
+            raise UserError(f"there is no conversation in {', '.join(str(source.source) for source in data)}")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         skipped: list[str] = []
-        for attempt in range(min(_TRIES, len(self))):
-            place = (int(index) + attempt) % len(self)
+        lots = np.random.default_rng(int(index)).choice(self.drawn, _TRIES)  # the same in every run
+        for place in dict.fromkeys([int(index), *lots.tolist()]):
             source, row = int(self.sources[place]), int(self.rows[place])
             try:
                 pictures = self.pictures(source, row)
@@ -193,7 +184,7 @@ class ConversationRows(Dataset):
                 skipped.append(str(error))
                 continue
             return {"input_ids": ids, "labels": labels, "pictures": pictures, "skipped": skipped}
-        raise UserError(f"{len(skipped)} conversations in a row cannot be used; the last: {skipped[-1]}")
+        raise UserError(f"{len(skipped)} conversations tried, none can be used; the last: {skipped[-1]}")
 
     def _encoded(self, source: int, row: int, pictures: int) -> tuple[list[int], list[int]]:
         messages = self.data[source].messages(row, pictures)
