@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_model import small_language_model, small_words
 from tokenflow.errors import UserError
 from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
-from tokenflow.training.understanding import train_understanding
+from tokenflow.training.understanding import Skipped, train_understanding
 from tokenflow.training.understanding_models import build_chat
 from tokenflow.training.understanding_recipe import (
     ChatModelRecipe,
@@ -239,6 +239,14 @@ def test_an_ordinary_vision_model_as_the_tower(recipe, tmp_path):
     assert first[0] == pytest.approx(first[1], rel=0.01)
     model, processor = load(cached.export, device="cpu")
     assert isinstance(ask(model, processor, Image.new("RGB", (30, 30)), "What?", max_new_tokens=2), str)
+
+
+def test_processes_name_a_row_once(tmp_path):
+    one, other = (Skipped(tmp_path / "skipped.txt") for _ in range(2))
+    one.add(["row 4"])
+    other.add(["row 4", "row 7", "row 7"])
+    assert one.lines == {"row 4", "row 7"}
+    assert (tmp_path / "skipped.txt").read_text() == "row 4\nrow 7\n"
 
 
 # --- what is refused

@@ -69,16 +69,19 @@ class TrainResult:
 
 
 class Skipped:
-    """The file that names unusable conversations, one line each."""
+    """The file that names unusable conversations, one line each; all processes write to it."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+
+    @property
+    def lines(self) -> set[str]:
+        return set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else set()
 
     def add(self, lines: list[str]) -> None:
-        new = [line for line in dict.fromkeys(lines) if line not in self.lines]
-        self.lines.update(new)
-        if new:
+        if lines:
+            before = self.lines
+            new = [line for line in dict.fromkeys(lines) if line not in before]
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in new))
 
