@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -302,3 +303,28 @@ def test_the_command_trains_both_stages(recipe, conversations, language_model, t
         assert "1 conversation skipped" in done.stdout
     adapter = load_file(tmp_path / "cli" / "instruct" / "export" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 7
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(recipe, conversations, tmp_path):
+    train_understanding(recipe)
+    m, two = recipe.model, tmp_path / "two"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+            "-m", "tokenflow", "train", "understanding", "tokenflow-tiny-chat", "--stage", "align",
+            "--model.tower", m.tower, "--model.language-model", m.language_model, "--model.package", "None",
+            "--align.sources", str(conversations), "--align.steps", "4", "--align.batch-size", "4",
+            "--align.accumulation", "1", "--align.lr", "0.01", "--mixed-precision", "no", "--log-every", "1",
+            "--output-dir", str(two), "--cache", str(tmp_path / "cache-of-two"), "--trackers",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [
+        [line["loss"] for line in log_of(run) if "loss" in line]
+        for run in (recipe, replace(recipe, output_dir=str(two)))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len((two / "align" / "skipped.txt").read_text().splitlines()) == 1
