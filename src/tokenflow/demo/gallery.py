@@ -21,11 +21,11 @@ BUNDLED = "tokenflow-tiny-t2i"
 # From what the bundled model was trained on: flowers first, the narrowest domain.
 PROMPTS = (
     "a photo of a sunflower",
-    "a photo of a water lily",
-    "a photo of a rose",
-    "a photo of a school bus",
-    "a dog runs through the grass",
-    "a man rides a wave on a surfboard",
+    "a photo of a rose flower",
+    "a photo of a passion flower",
+    "a photo of a californian poppy flower",
+    "a photo of a lakeside",
+    "two dogs play in the snow",
 )
 SEEDS = (0, 1, 2, 3)
 
