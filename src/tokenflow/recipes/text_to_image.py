@@ -96,8 +96,8 @@ def tokenflow_tiny_t2i() -> TextToImageRecipe:
             --data.sources tokens/flowers102@3 tokens/flickr8k@1.5 tokens/tiny_imagenet@2 \\
             --data.eval-sources tokens/flowers102 tokens/flickr8k
 
-    43,200 draws in an hour and a half on one shared CPU core (9 to 10 images a second where it had the core to
-    itself): 9.8 bits a token. Text and image markers have a small vocabulary of their own.
+    43,200 draws in an hour and a half on one shared CPU core (9 to 10 images a second where it had it alone):
+    9.8 bits a token. Text and image markers have a small vocabulary of their own.
     """
     return TextToImageRecipe(
         model=LanguageModelRecipe(tokenizer="tokenflow-tiny", max_text_tokens=32),
