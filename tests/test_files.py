@@ -33,6 +33,26 @@ def test_permissions_are_those_of_a_plain_file(tmp_path):
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="device or a pipe"), atomic_write(pipe):
+        pass
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "link.txt", tmp_path / "real" / "out.txt"
+    link.symlink_to(target)
+    for words in ("new", "newer"):  # the first time it leads nowhere
+        with atomic_write(link) as temporary:
+            temporary.write_text(words)
+        assert link.is_symlink()
+        assert target.read_text() == words
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, UserError])
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
     target = tmp_path / "out.bin"

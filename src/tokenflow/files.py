@@ -54,12 +54,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises UserError, one line, if the disk is full or the place cannot be written to: also for an OSError out
     of the block that says so (unless it names another file). Other exceptions of the block are not touched.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path) if os.path.islink(path) else path)  # a link stays one
     temporary = target.with_name(f".{target.stem[:64]}.{secrets.token_hex(6)}{target.suffix}")
     created = False
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a directory", str(target))
+        if target.exists() and not target.is_file():  # the superuser would replace /dev/null for everyone
+            raise UserError(f"cannot write {target}: it is a device or a pipe; give a file name")
         target.parent.mkdir(parents=True, exist_ok=True)
         mode = target.stat().st_mode & 0o777 if target.exists() else None
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
