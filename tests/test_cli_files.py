@@ -241,6 +241,14 @@ def test_unknown_models_and_other_folders_are_explained(run, tmp_path):
     }.items():
         assert message in the_error(run("encode", "a.png", "-o", "t", "-m", model))
         assert message in the_error(run("info", model))
+    assert "cannot read token file t2.safetensors: no such file" in the_error(run("info", "t2.safetensors"))
+
+
+def test_info_knows_every_bundled_model(run):
+    for name in bundled_names():
+        code, out, _ = run("info", name)
+        assert code == 0
+        assert "M values" in out
 
 
 def test_a_damaged_model_is_explained(run, small_model_folder):

@@ -19,18 +19,21 @@ from tokenflow.tokenizer.token_file import load_tokens
 
 
 def describe(name: str) -> dict[str, str]:
-    """What there is to know about a tokenizer, a model that draws or answers, a token file: label -> value.
+    """What there is to know about a tokenizer, a teacher, a model that draws or answers, a token file.
 
     Raises:
         UserError: none of these, or damaged.
     """
     if Path(name).is_file():
         return _token_file(name)
+    if name.endswith(".safetensors") and not Path(name).exists():
+        raise UserError(f"cannot read token file {name}: no such file")
     folder = Path(resolve(name))
     kinds = {
         TokenFlowTextToImageConfig.model_type: _text_to_image,
         TokenFlowClassToImageConfig.model_type: _class_to_image,
         "llava": _chat,
+        "clip_vision_model": _teacher,
     }
     about = kinds.get(model_kind(str(folder)) or "", _tokenizer)(name)
     for part in ("", IMAGE_TOKENIZER):
@@ -103,6 +106,15 @@ def _chat(name: str) -> dict[str, str]:
         "tower": f"{tower.model_type}, {tower.image_size} x {tower.image_size} px"
         + (f", features {strategy!r}" if strategy else ""),
         "tokens per image": str(config.image_seq_length),
+    }
+
+
+def _teacher(name: str) -> dict[str, str]:
+    config = _config(name)
+    return {
+        "model": name,
+        "gives": f"features of pictures, {config.num_hidden_layers} layers of {config.hidden_size}; a teacher",
+        "image": f"{config.image_size} x {config.image_size} px in patches of {config.patch_size}",
     }
 
 
