@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from command_line import the_error
+from tokenflow.bundled import bundled_names
 from tokenflow.cli import main
 from tokenflow.tokenizer.token_file import load_tokens
 

@@ -113,7 +113,7 @@ def _teacher(name: str) -> dict[str, str]:
     config = _config(name)
     return {
         "model": name,
-        "gives": f"features of pictures, {config.num_hidden_layers} layers of {config.hidden_size}; a teacher",
+        "gives": f"features of pictures, {config.num_hidden_layers} layers of {config.hidden_size}",
         "image": f"{config.image_size} x {config.image_size} px in patches of {config.patch_size}",
     }
 
