@@ -232,3 +232,5 @@ def test_options_that_cannot_be_met(photographs, small_model_folder):
         run(ReconstructionEval(data="/missing", model="missing", baseline="foo"))
     with pytest.raises(UserError, match="no such file"):
         run(dataclasses.replace(options, inception="missing.pth"))
+    with pytest.raises(UserError, match="cannot write /proc/result"):  # before the work, too
+        run(ReconstructionEval(data="/missing", model="missing", out="/proc/result.json"))

@@ -216,9 +216,11 @@ def run(options: ReconstructionEval) -> report.Result:
     but progress."""
     import torchmetrics  # noqa: F401  (missing? Say so before the work, not after)
 
-    from tokenflow.codec import load
+    from tokenflow.codec import check_writable, load
     from tokenflow.tokenizer.configuration import TokenFlowConfig
 
+    if options.out is not None:
+        check_writable(options.out)
     subject: TokenFlowModel | str
     if options.baseline is not None:
         baselines.parse(options.baseline)

@@ -220,9 +220,11 @@ def run(options: SemanticsEval) -> report.Result:
     import sklearn  # noqa: F401  (missing? Say so before the work, not after)
 
     from tokenflow.bundled import resolve
-    from tokenflow.codec import load
+    from tokenflow.codec import check_writable, load
     from tokenflow.tokenizer.semantic import SemanticTeacher
 
+    if options.out is not None:
+        check_writable(options.out)
     model = load(options.model, device=options.device).model
     teacher, embeddings = None, None
     settings: dict[str, Any] = {}

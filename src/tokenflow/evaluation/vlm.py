@@ -210,6 +210,7 @@ def _read(
 
 def run(options: VlmEval) -> report.Result:
     """What `tokenflow eval vlm` does: load, ask, score, write the files where asked."""
+    from tokenflow.codec import check_writable
     from tokenflow.evaluation.knowledge import compare_knowledge, fingerprint_of_facts
     from tokenflow.understanding import load
 
@@ -217,6 +218,9 @@ def run(options: VlmEval) -> report.Result:
         raise UserError("--batch-size and --max-new-tokens must be at least 1")
     if not options.data and not options.text:
         raise UserError("nothing to ask: give --data SET, --text or --tasks")
+    for path in (options.out, options.answers):
+        if path is not None:
+            check_writable(path)
     sources = [Source(data, split=options.split or default_split(data)) for data in options.data]
     model, processor = load(options.model, device=options.device, dtype=options.dtype)
     started = time.perf_counter()
