@@ -23,6 +23,8 @@ from tokenflow.training.loop import Trainer, train_tokenizer
 from tokenflow.training.loss_config import LossConfig
 from tokenflow.training.progress import LogFile, StopRequest, lr_factor
 from tokenflow.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, TrainRecipe
+from tokenflow.training.teacher_recipe import TeacherRecipe
+from tokenflow.training.text_to_image_recipe import GenerationData, TextToImageRecipe
 from tokenflow.training.tokenizer import (
     build_config,
     build_losses,
@@ -30,6 +32,7 @@ from tokenflow.training.tokenizer import (
     build_teacher,
     parse_source,
 )
+from tokenflow.training.understanding_recipe import StageRecipe, UnderstandingRecipe
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +339,15 @@ def test_mistakes_in_a_recipe_are_one_line(files, change, message):
     with pytest.raises(UserError, match=message) as caught:
         train_tokenizer(tiny_recipe(files, "mistake", **change))
     assert "\n" not in str(caught.value)
+
+
+def test_a_count_below_one_is_refused_before_the_run():
+    for kind in (TrainRecipe, TextToImageRecipe, UnderstandingRecipe, TeacherRecipe):
+        with pytest.raises(UserError, match="log_every=0 must be at least 1"):
+            kind(log_every=0)
+    for part in (DataRecipe, GenerationData, StageRecipe):
+        with pytest.raises(UserError, match="accumulation=0 must be at least 1"):
+            part(accumulation=0)
 
 
 def test_a_teacher_of_another_width_is_refused(files):

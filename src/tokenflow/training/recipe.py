@@ -8,9 +8,20 @@ A recipe is a tree of frozen dataclasses. It holds no model object, so that `tok
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from tokenflow.errors import UserError
 from tokenflow.training.loss_config import LossConfig
+
+EVERY = ("checkpoint_every", "log_every", "eval_every", "sample_every")
+
+
+def check_counts(recipe: Any) -> None:
+    """Raise a UserError where a part of a recipe has a count below 1, which training would stumble over."""
+    for name in ("steps", "batch_size", "accumulation", *EVERY):
+        value = getattr(recipe, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,9 @@ class DataRecipe:
     """parts that a process splits its share of a batch into, to save memory"""
     num_workers: int = 1
     """processes that decode images, for each training process; 0 decodes in the training process"""
+
+    def __post_init__(self) -> None:
+        check_counts(self)
 
 
 @dataclass(frozen=True)
@@ -129,3 +143,6 @@ class TrainRecipe:
     """accelerate's trackers; log.jsonl is written in any case"""
     max_bad_steps: int = 20
     """give up after so many steps in a row with a gradient that is not finite"""
+
+    def __post_init__(self) -> None:
+        check_counts(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tokenflow.training.recipe import check_counts
+
 
 @dataclass
 class TeacherRecipe:
@@ -52,3 +54,6 @@ class TeacherRecipe:
     seed: int = 0
     save_minutes: float = 5.0
     log_every: int = 20
+
+    def __post_init__(self) -> None:
+        check_counts(self)

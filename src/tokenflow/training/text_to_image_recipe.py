@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from tokenflow.training.recipe import check_counts
+
 
 @dataclass(frozen=True)
 class TokenizeOptions:
@@ -118,6 +120,9 @@ class GenerationData:
     token_noise: float = 0.0
     """replace up to this share of the codes that the model sees, not of those it learns, by random ones"""
 
+    def __post_init__(self) -> None:
+        check_counts(self)
+
 
 @dataclass(frozen=True)
 class GenerationOptimizer:
@@ -184,6 +189,9 @@ class GenerationRun:
     """guidance scale of the sheets"""
     trackers: tuple[str, ...] = ("tensorboard",)
     """the Trainer's `report_to`; log.jsonl is written in any case"""
+
+    def __post_init__(self) -> None:
+        check_counts(self)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokenflow.training.recipe import check_counts
+
 
 @dataclass(frozen=True)
 class ChatModelRecipe:
@@ -68,6 +70,9 @@ class StageRecipe:
     steps: int | None = None
     """optimizer steps in all, instead of `epochs`"""
 
+    def __post_init__(self) -> None:
+        check_counts(self)
+
 
 @dataclass(frozen=True)
 class UnderstandingRecipe:
@@ -125,6 +130,9 @@ class UnderstandingRecipe:
     """conversations of `eval_sources` that are measured"""
     trackers: tuple[str, ...] = ("tensorboard",)
     """the Trainer's `report_to`; log.jsonl is written in any case"""
+
+    def __post_init__(self) -> None:
+        check_counts(self)
 
     @property
     def of_stage(self) -> StageRecipe:
