@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from command_line import the_error
-from tokenflow.bundled import bundled_names
+from tokenflow.bundled import bundled_names, bundled_path
 from tokenflow.cli import main
 from tokenflow.tokenizer.token_file import load_tokens
 
@@ -250,6 +250,7 @@ def test_info_knows_every_bundled_model(run):
         code, out, _ = run("info", name)
         assert code == 0
         assert "M values" in out
+        assert str(bundled_path(name)) in "".join(out.split())  # folded where it is long, not cut
 
 
 def test_a_damaged_model_is_explained(run, small_model_folder):

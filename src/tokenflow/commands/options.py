@@ -21,5 +21,5 @@ def print_table(header: list[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(*header, show_header=bool(header), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))  # a path is no path without its end
     Console(soft_wrap=True).print(table)
