@@ -130,6 +130,8 @@ def test_folders_that_cannot_be_converted_are_one_line(released, small_model_fol
     save_file({"lm_head.weight": torch.ones(1)}, released / "model-2.safetensors")
     refused("lm_head.weight is in two weight files")
     index.unlink()
+    refused("lm_head.weight is in two weight files")  # without an index all of the folder's files are read
+    (released / "model-2.safetensors").unlink()
     (released / "model.safetensors").unlink()
     refused("has no weights")
     assert is_released_folder(released)

@@ -15,7 +15,7 @@ from tokenflow.checkpoints.safe_load import CheckpointError, read_state_dict
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -31,33 +31,40 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: one file, or the shards that an index names; safetensors before .bin.
+    """All tensors of a folder: its files, or those that an index names; safetensors before .bin.
 
     Raises:
-        CheckpointError: no weights, shards that are missing, a tensor that is in two of them or in none.
+        CheckpointError: no weights, files that are missing, a tensor that is in two of them or in none.
     """
-    for name in _WEIGHTS:
-        index = folder / f"{name}.index.json"
+    for stem, suffix in _WEIGHTS:
+        index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            return _read_shards(folder, index)
-        if (folder / name).is_file():
-            return read_state_dict(folder / name)[0]
-    raise CheckpointError(f"{folder} has no weights: none of {', '.join(_WEIGHTS)}, whole or with an index")
+            return _read_indexed(folder, index)
+        if files := sorted(folder.glob(f"{stem}*{suffix}")):
+            return _read_files(files)
+    names = " nor ".join(f"{stem}*{suffix}" for stem, suffix in _WEIGHTS)
+    raise CheckpointError(f"{folder} has no weights: neither {names}")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _read_indexed(folder: Path, index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index} has no weight_map of file names")
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in places.values():
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder")
-        for key, tensor in read_state_dict(folder / name)[0].items():
-            if key in weights:
-                raise CheckpointError(f"{folder}: {key} is in two weight files, one of them {name}")
-            weights[key] = tensor
+    weights = _read_files([folder / name for name in sorted(set(places.values()))])
     absent = sorted(places.keys() - weights.keys())
     if absent:
         raise CheckpointError(f"{folder}: {len(absent)} tensors of {index.name} are in no file: {absent[0]}")
+    return weights
+
+
+def _read_files(files: list[Path]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        for key, tensor in read_state_dict(file)[0].items():
+            if key in weights:
+                raise CheckpointError(f"{file.parent}: {key} is in two weight files, one of them {file.name}")
+            weights[key] = tensor
     return weights
