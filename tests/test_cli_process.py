@@ -33,6 +33,7 @@ for words in leaves(COMMANDS, []):
     with contextlib.redirect_stdout(out):
         assert main([*words, "--help"]) == 0
     assert out.getvalue().startswith("usage: tokenflow"), out.getvalue()
+    assert "options options" not in out.getvalue(), words
     heavy = {"torch", "transformers", "numpy", "PIL", "datasets", "accelerate"} & set(sys.modules)
     assert not heavy, (words, heavy)
     count += 1

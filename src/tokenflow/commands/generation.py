@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from tyro.conf import OmitArgPrefixes
+from typing import Annotated
+
+from tyro.conf import arg
 
 from tokenflow.generation.options import GenerateOptions
 from tokenflow.training.text_to_image_recipe import TokenizeOptions
 
 
-def generate(options: OmitArgPrefixes[GenerateOptions]) -> None:
-    """Draw pictures from text."""
+def generate(options: Annotated[GenerateOptions, arg(name="")]) -> None:
+    """Draw pictures from text.
+
+    One PNG each and grid.png in a folder. Each PNG says in its metadata how it was made; `--from IMAGE.png`
+    makes it again.
+
+    Example: `tokenflow generate "a photo of a daisy" "two dogs on a beach" -o pictures --num-images 4`
+    """
     options.check()  # before the seconds that loading takes
     from tokenflow import drawing
 
@@ -17,8 +25,13 @@ def generate(options: OmitArgPrefixes[GenerateOptions]) -> None:
     print(*pictures[:10], *(["..."] if len(pictures) > 10 else []), *notes, sep="\n")
 
 
-def tokenize(options: OmitArgPrefixes[TokenizeOptions]) -> None:
-    """Turn data sets of images and captions into token shards to train on."""
+def tokenize(options: Annotated[TokenizeOptions, arg(name="")]) -> None:
+    """Turn data sets of images and captions into token shards to train on.
+
+    Started again, it goes on where it stopped.
+
+    Example: `tokenflow tokenize PACKS/flickr8k PACKS/flowers102 -o tokens`, then `... --split val -o tokens`
+    """
     from tokenflow.training.tokenization import tokenize as run
 
     done = run(options)

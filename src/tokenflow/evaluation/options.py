@@ -10,12 +10,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class ReconstructionEval:
-    """Rebuild pictures through a tokenizer and measure what is lost: PSNR, SSIM, perceptual distances, rFID
-    and codebook usage. The JSON result carries a fingerprint of data and preprocessing; only equal
-    fingerprints can be compared.
-
-    Example: `tokenflow eval reconstruction --data PACKS/flickr8k --out result.json`
-    """
+    """Which pictures are rebuilt, by which model, and which distances are measured."""
 
     data: str
     """A folder of images, a folder with SPLIT.parquet in it, a parquet file, webdataset shards, or a hub
@@ -50,13 +45,7 @@ class ReconstructionEval:
 
 @dataclass(frozen=True)
 class SemanticsEval:
-    """How much the tokens know about what a picture shows: 20-NN and linear-probe accuracy of the
-    mean-pooled quantized features (semantic flow, pixel flow, both) beside the continuous teacher's, and
-    zero-shot accuracy through the semantic decoder. Learns from one split of a labelled set and reports on
-    another.
-
-    Example: `tokenflow eval semantics --data PACKS/tiny_imagenet --teacher TEACHER --out result.json`
-    """
+    """Which labelled set, which model, and beside which teacher."""
 
     data: str
     """A labelled set (a `label` column), as in `eval reconstruction`."""
@@ -83,14 +72,7 @@ class SemanticsEval:
 
 @dataclass(frozen=True)
 class VlmEval:
-    """Ask a model the questions of sets and measure its answers: yes/no questions as POPE does (accuracy,
-    F1), captions by CIDEr-D, all others as GQA does (exact match). Or, with `--tasks`, measure it on the
-    field's benchmarks through lmms-eval and print its row of Tab. 3 below the published ones.
-
-    Example: `tokenflow eval vlm --data questions/*-val.parquet --text --out result.json`
-
-    Example: `tokenflow eval vlm --model MODEL --tasks all --results results`
-    """
+    """Which model is asked which questions: of your own sets (`data`) or of benchmarks (`tasks`)."""
 
     data: tuple[str, ...] = ()
     """Sets with columns `question` and `answer`, or `questions` and `answers` (a list each), as in
@@ -133,12 +115,7 @@ class VlmEval:
 
 @dataclass(frozen=True)
 class GenerationEval:
-    """Make a picture for each row of a set and measure whether it shows what the prompt says: agreement with
-    an independent classifier, similarity to the prompt, a Frechet distance to the real pictures; and, with
-    `--ablation`, the sampling strategies of Tab. 6 side by side on the same seeds.
-
-    Example: `tokenflow eval generation --data PACKS/flowers102 --classifier FILE.pth --out result.json`
-    """
+    """Whose prompts are drawn, by which model, and who judges the pictures."""
 
     data: str
     """A set with captions, or with labels and names of the labels, as in `eval reconstruction`."""

@@ -20,12 +20,7 @@ GUIDANCE, LABEL_GUIDANCE = 7.5, 1.5
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Draw pictures from text or class labels: one PNG each and grid.png in a folder.
-
-    Each PNG says in its metadata how it was made; `--from IMAGE.png` makes it again.
-
-    Example: `tokenflow generate "a photo of a daisy" "two dogs on a beach" -o pictures --num-images 4`
-    """
+    """What to draw, how, with which model, and where to."""
 
     output: Annotated[Path, arg(aliases=["-o"])]
     """The folder for the pictures."""

@@ -16,10 +16,7 @@ from tokenflow.training.recipe import check_counts
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """Turn data sets of images into token shards to train on. Started again, it goes on where it stopped.
-
-    Example: `tokenflow tokenize PACKS/flickr8k PACKS/flowers102 -o tokens`, then `... --split val -o tokens`
-    """
+    """Which sets become token shards, by which tokenizer, in which crops, and where to."""
 
     data: Positional[Annotated[tuple[str, ...], arg(metavar="DATASET ...")]]
     """Folders of images, parquet files, webdataset shards or hub names, as for training a tokenizer."""
