@@ -27,6 +27,7 @@ from tokenflow.training.understanding_recipe import (
     LoraRecipe,
     StageRecipe,
     UnderstandingRecipe,
+    WordAlignmentRecipe,
 )
 from tokenflow.understanding import ask, load
 
@@ -291,6 +292,7 @@ def test_the_command_trains_both_stages(recipe, conversations, language_model, t
         sys.executable, "-m", "tokenflow", "train", "understanding", "tokenflow-tiny-chat",
         "--model.tower", m.tower, "--model.language-model", m.language_model, "--model.package", "None",
         "--output-dir", str(tmp_path / "cli"), "--cache", str(tmp_path / "cache"), "--trackers",
+        "--words.steps", "2",
     ]  # fmt: skip
     for stage in ("align", "instruct"):
         options = [f"--{stage}.sources", str(conversations), f"--{stage}.steps", "1"]
@@ -307,6 +309,7 @@ def test_the_command_trains_both_stages(recipe, conversations, language_model, t
 
 @pytest.mark.slow
 def test_two_processes_learn_as_one(recipe, conversations, tmp_path):
+    recipe = replace(recipe, words=WordAlignmentRecipe(steps=2))
     train_understanding(recipe)
     m, two = recipe.model, tmp_path / "two"
     done = subprocess.run(
@@ -316,7 +319,8 @@ def test_two_processes_learn_as_one(recipe, conversations, tmp_path):
             "--model.tower", m.tower, "--model.language-model", m.language_model, "--model.package", "None",
             "--align.sources", str(conversations), "--align.steps", "4", "--align.batch-size", "4",
             "--align.accumulation", "1", "--align.lr", "0.01", "--mixed-precision", "no", "--log-every", "1",
-            "--output-dir", str(two), "--cache", str(tmp_path / "cache-of-two"), "--trackers",
+            "--output-dir", str(two), "--cache", str(tmp_path / "cache-of-two"), "--words.steps", "2",
+            "--trackers",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, check=False,

@@ -12,6 +12,7 @@ from tokenflow.training.understanding_recipe import (
     LoraRecipe,
     StageRecipe,
     UnderstandingRecipe,
+    WordAlignmentRecipe,
 )
 
 
@@ -82,6 +83,7 @@ def tokenflow_tiny_chat() -> UnderstandingRecipe:
         # Eight at a time: what 30 layers keep for the backward pass of 32 is 12 GB.
         align=StageRecipe(template="plain", lr=2e-3, batch_size=32, accumulation=4),
         instruct=StageRecipe(lr=1e-3, batch_size=32, accumulation=4),
+        words=WordAlignmentRecipe(steps=1000),
         lora=LoraRecipe(rank=16, alpha=32.0, lr=5e-4),
         output_dir="runs/tokenflow-tiny-chat",
         export="parts",

@@ -46,6 +46,7 @@ from tokenflow.training.understanding_data import (
 )
 from tokenflow.training.understanding_models import Chat, build_chat
 from tokenflow.training.understanding_recipe import UnderstandingRecipe
+from tokenflow.training.word_alignment import align_to_words, word_rows
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,11 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
         an_epoch = GroupedOrder.rows_an_epoch(rows, times, stage.batch_size) // stage.batch_size
         steps = stage.steps or max(1, round(stage.epochs * an_epoch))
         order = GroupedOrder(rows, times, stage.batch_size, steps * stage.batch_size, recipe.seed)
-        draw(rows, order, skipped)
+        for_words = word_rows(rows, recipe)
+        draw(rows, [*order, *for_words], skipped)
+        last = latest_checkpoint(folder)
+        if len(for_words) and last is None:
+            align_to_words(chat, rows, for_words, recipe, arguments.device)
         eval_rows = None
         if stage.eval_sources:
             eval_rows, _ = open_rows(recipe, chat, stage.eval_sources, "val")
@@ -118,7 +123,6 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
     arguments.max_steps = steps
     arguments.warmup_steps = math.ceil(recipe.warmup * steps)
     trainer = UnderstandingTrainer(recipe, arguments, chat, order, eval_rows, skipped)
-    last = latest_checkpoint(folder)
     if last is not None and int(last.name.split("-")[1]) >= steps:
         return TrainResult(steps, "steps", folder / "export", len(skipped.lines))
     with StopRequest(recipe.max_minutes) as trainer.stop:

@@ -44,6 +44,22 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
+class WordAlignmentRecipe:
+    """Before stage align, without the language model: pictures are pulled to the words of their answers."""
+
+    steps: int = 0
+    """optimizer steps; 0: none, the projector starts random as in the paper"""
+    lr: float = 3e-3
+    """the full learning rate"""
+    batch_size: int = 256
+    """pictures of a step, which are told apart"""
+
+    def __post_init__(self) -> None:
+        if self.steps:
+            check_counts(self)
+
+
+@dataclass(frozen=True)
 class StageRecipe:
     """One of the two stages: what is read, how it is written out, how fast is learned."""
 
@@ -84,6 +100,7 @@ class UnderstandingRecipe:
     align: StageRecipe = field(default_factory=lambda: StageRecipe(template="plain", resize_mode="squash"))
     instruct: StageRecipe = field(default_factory=lambda: StageRecipe(lr=2e-5, batch_size=128))
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    words: WordAlignmentRecipe = field(default_factory=WordAlignmentRecipe)
 
     output_dir: str = "runs/understanding"
     """OUTPUT/STAGE gets checkpoints, log and export; a stage goes on from its newest checkpoint there"""
