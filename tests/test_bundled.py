@@ -25,10 +25,20 @@ def test_bundled_names_come_first_even_beside_a_folder_of_that_name(two_models, 
     assert resolve("tokenflow-tiny") == str(two_models / "tokenflow-tiny")
 
 
-def test_folders_and_hub_names_pass_through(two_models, tmp_path):
+def test_folders_and_hub_names_pass_through(two_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenflow.hub.silence", lambda: None)
     (tmp_path / "mine").mkdir()
     assert resolve("mine") == "mine"
     assert resolve(tmp_path / "mine") == str(tmp_path / "mine")
+    assert resolve("someone/tokenflow-b") == "someone/tokenflow-b"
+
+
+def test_a_hub_name_counts_if_the_hub_answers_or_there_is_a_copy(two_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenflow.hub.silence", lambda: "no network")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot load model someone/tokenflow-b: .*: no network"):
+        resolve("someone/tokenflow-b")
+    (tmp_path / "models--someone--tokenflow-b").mkdir()
     assert resolve("someone/tokenflow-b") == "someone/tokenflow-b"
 
 

@@ -230,7 +230,12 @@ def test_image_column_must_be_clear(tmp_path):
     refused(Source(str(tmp_path / "none.parquet")), "no image column", "text")
 
 
-def test_hub_failure_is_one_line(monkeypatch):
+@pytest.fixture
+def answering_hub(monkeypatch):
+    monkeypatch.setattr("tokenflow.hub.silence", lambda: None)
+
+
+def test_hub_failure_is_one_line(monkeypatch, answering_hub):
     def offline(path, **arguments):
         raise ConnectionError("Couldn't reach the hub\nand more")
 
@@ -238,7 +243,13 @@ def test_hub_failure_is_one_line(monkeypatch):
     refused(Source("someone/photos"), "someone/photos", "no such path here", "Couldn't reach the hub")
 
 
-def test_hub_arguments(monkeypatch, packs, tmp_path):
+def test_a_silent_hub_is_not_asked_again_and_again(monkeypatch):
+    monkeypatch.setattr("tokenflow.hub.silence", lambda: "no network")
+    refused(Source("nowhere"), "cannot open nowhere (train): there is no such path here", "no network")
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_hub_arguments(monkeypatch, answering_hub, packs, tmp_path):
     seen = {}
     local = datasets.load_dataset(
         "parquet", data_files=packs.parquet(tmp_path / "a.parquet", [0]), split="train"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from tokenflow.errors import UserError
+from tokenflow.hub import check_model
 from tokenflow.names import unknown_name
 
 _HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
 
     Raises:
         UserError: it is none of the three: a bare name that is not bundled, such as that of a preset, or a
-            path that does not exist.
+            path that does not exist; a hub name that was never fetched where the hub does not answer.
     """
     name = os.fspath(name_or_path)
     if name in bundled_names():
@@ -41,8 +42,9 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
         return name
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no model folder at {name}; bundled models: {', '.join(bundled_names())}")
-    if "/" in name:
-        return name  # organisation/model on the hub
+    if "/" in name:  # organisation/model on the hub
+        check_model(name)
+        return name
     from tokenflow.tokenizer.configuration import PRESETS  # heavy, and needed for this message only
 
     if name in PRESETS:

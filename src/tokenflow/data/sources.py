@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenflow.data.images import ImageError
 from tokenflow.errors import UserError
+from tokenflow.hub import copies_if_silent
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -107,12 +109,14 @@ def open_rows(source: Source) -> Any:
     import datasets
 
     arguments = _load_arguments(source)
-    try:
-        dataset = datasets.load_dataset(**arguments, streaming=source.streaming)
-    except Exception as error:  # `datasets` wraps whatever happened below it in exceptions of many kinds
-        local = "data_files" in arguments
-        hint = "" if local else "there is no such path here, and as a name on the hub: "
-        raise UserError(f"cannot open {source}: {hint}{_root_cause(error)}") from error
+    with nullcontext() if "data_files" in arguments else copies_if_silent() as silent:
+        try:
+            dataset = datasets.load_dataset(**arguments, streaming=source.streaming)
+        except Exception as error:  # `datasets` wraps whatever happened below it in exceptions of many kinds
+            reason = silent if silent and isinstance(error, ConnectionError) else _root_cause(error)
+            if "data_files" not in arguments:
+                reason = f"there is no such path here, and as a name on the hub: {reason}"
+            raise UserError(f"cannot open {source}: {reason}") from error
     if dataset.features is None:
         raise UserError(
             f"cannot open {source}: its columns are not known before reading; use streaming=False"

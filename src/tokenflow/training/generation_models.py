@@ -18,6 +18,7 @@ from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 from tokenflow.generation.modeling import TokenFlowForTextToImage
 from tokenflow.generation.pictures import IMAGE_TOKENIZER
 from tokenflow.generation.prompt import encode_prompts, marker_ids
+from tokenflow.hub import check_model
 from tokenflow.training.generation_data import ClassCollator, GenerationRows, PromptCollator
 from tokenflow.training.text_to_image_recipe import ClassModelRecipe, LanguageModelRecipe
 from tokenflow.training.text_tokenizer import train_text_tokenizer
@@ -95,6 +96,7 @@ def build_generator(
             model = TokenFlowForTextToImage.from_pretrained(recipe.init_from)
             model.set_codebooks(image_tokenizer.model)
         elif recipe.language_model is not None:
+            check_model(recipe.language_model)
             text_tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
             model = TokenFlowForTextToImage.from_llama(
                 recipe.language_model, text_tokenizer, image_tokenizer.model, recipe.max_text_tokens

@@ -30,6 +30,7 @@ from transformers import (
 from tokenflow.bundled import resolve
 from tokenflow.errors import NotInstalledError, UserError
 from tokenflow.files import atomic_folder
+from tokenflow.hub import check_model
 from tokenflow.tokenizer.configuration import FeatureStrategy
 from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
 from tokenflow.tokenizer.modeling import TokenFlowModel
@@ -81,8 +82,11 @@ def language_model(parts: Parts, dtype: torch.dtype = torch.float32) -> tuple[Pr
     if parts.package is not None:
         return load_gguf(_package_file(parts), dtype)
     try:
+        check_model(parts.language_model)
         model = AutoModelForCausalLM.from_pretrained(parts.language_model, dtype=dtype)
         return model, AutoTokenizer.from_pretrained(parts.language_model)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot load language model {parts.language_model}: {reason}") from error
