@@ -121,6 +121,16 @@ def test_captions_are_chosen_shortened_and_dropped_at_the_stated_rates(shards):
     assert first_sentence("no end") == "no end"
 
 
+def test_rows_with_a_class_name_have_captions_beside_their_own(shards):
+    templates = ("a picture of {a} {name}", "{name}")
+    rows = rows_of(shards, extra_templates=templates)
+    captions = [rows[draw]["caption"] for draw in rows.draws(300)]
+    share = np.mean([caption.startswith("a picture of a") for caption in captions])
+    assert 0.2 < share < 0.46  # one of three: two of its own, of which one is the bare name, too
+    seen = GenerationRows([Source(str(shards))], 32, train=False, extra_templates=templates)
+    assert not any(caption.startswith("a picture") for caption in seen.all_captions())
+
+
 def test_draws_follow_the_weights_and_do_not_depend_on_their_number(shards):
     sources = [Source(str(shards), weight=3), Source(str(shards), split="val")]
     rows = GenerationRows(sources, 32, train=True)

@@ -151,6 +151,11 @@ def captions_of(row: Mapping[str, Any], templates: Iterable[str]) -> list[str]:
         texts = [" ".join(text.split()) for text in texts if text and text.strip()]
         if texts:
             return texts
+    return label_captions(row, templates)
+
+
+def label_captions(row: Mapping[str, Any], templates: Iterable[str]) -> list[str]:
+    """A row's `label_name` in each template, where {a} becomes "a" or "an" and {name} the name; or nothing."""
     name = row.get("label_name")
     if not name:
         return []

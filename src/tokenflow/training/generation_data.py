@@ -26,7 +26,7 @@ from tokenflow.data.crops import center_crop, random_crop, random_flip
 from tokenflow.data.images import ImageError, read_image
 from tokenflow.data.mixing import Mixture
 from tokenflow.data.sources import OpenSource, Source, encoded_image, open_source
-from tokenflow.data.token_shards import ShardInfo, captions_of, holds_tokens, open_tokens
+from tokenflow.data.token_shards import ShardInfo, captions_of, holds_tokens, label_captions, open_tokens
 from tokenflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class GenerationRows(Dataset):
         caption_dropout: share of the rows whose caption becomes empty.
         first_sentence: share of the rows whose caption is cut after its first sentence.
         label_templates: captions of rows that have a class name only.
+        extra_templates: captions that rows with a class name have beside their own, when training.
 
     Raises:
         UserError: a source cannot be opened, or some hold tokens and some images.
@@ -85,6 +86,7 @@ class GenerationRows(Dataset):
         caption_dropout: float = 0.0,
         first_sentence: float = 0.0,
         label_templates: Sequence[str] = (),
+        extra_templates: Sequence[str] = (),
     ):
         if not sources:
             raise UserError("training needs at least one source; give --data.sources")
@@ -102,6 +104,7 @@ class GenerationRows(Dataset):
         self.image_size, self.train, self.seed = image_size, train, seed
         self.caption_dropout, self.first_sentence = caption_dropout, first_sentence
         self.label_templates = tuple(label_templates)
+        self.extra_templates = tuple(extra_templates) if train else ()
 
     def check_tokenizer(self, fingerprint: str, name: str) -> None:
         """Raise UserError unless the tokenizer called `name` made all tokens."""
@@ -159,7 +162,8 @@ class GenerationRows(Dataset):
         names, label = opened.label_names(), values.get("label")
         if names is not None and isinstance(label, int) and label >= 0 and not values.get("label_name"):
             values = {**values, "label_name": names[label]}
-        return captions_of(values, self.label_templates)
+        captions = captions_of(values, self.label_templates)
+        return list(dict.fromkeys([*captions, *label_captions(values, self.extra_templates)]))
 
     def _caption(self, captions: list[str], rng: random.Random) -> str:
         if not captions:

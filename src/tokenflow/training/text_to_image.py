@@ -72,6 +72,7 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
         caption_dropout=data.caption_dropout,
         first_sentence=data.first_sentence,
         label_templates=data.label_templates,
+        extra_templates=data.extra_templates,
         **options,
     )
     eval_rows = None

@@ -114,6 +114,8 @@ class GenerationData:
     """share of the captions that are cut after their first sentence"""
     label_templates: tuple[str, ...] = ("a photo of {a} {name}",)
     """captions of images (not of token shards) that have a class name only"""
+    extra_templates: tuple[str, ...] = ()
+    """captions that images and token shards with a class name have beside their own"""
     token_noise: float = 0.0
     """replace up to this share of the codes that the model sees, not of those it learns, by random ones"""
 
