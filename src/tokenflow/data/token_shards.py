@@ -155,7 +155,7 @@ def captions_of(row: Mapping[str, Any], templates: Iterable[str]) -> list[str]:
 
 
 def label_captions(row: Mapping[str, Any], templates: Iterable[str]) -> list[str]:
-    """A row's `label_name` in each template, where {a} becomes "a" or "an" and {name} the name; or nothing."""
+    """A row's `label_name` in each template, where {a} becomes "a" or "an"."""
     name = row.get("label_name")
     if not name:
         return []
