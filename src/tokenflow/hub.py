@@ -7,6 +7,7 @@ hub. So it is asked once, shortly, before they are.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,17 +30,19 @@ def silence() -> str | None:
     return None
 
 
-def check_model(name: str) -> None:
-    """See that a model's name can mean something here: a folder, a copy of an earlier download, or the hub.
+def check_model(name: str, what: str = "model") -> None:
+    """See that what looks like a hub name can mean something: a folder, a copy of a download, or the hub.
 
     Raises:
         UserError: it is neither folder nor copy, and the hub does not answer.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return
     copy = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    if not os.path.exists(name) and not copy.is_dir() and (reason := silence()):
-        raise UserError(f"cannot load model {name}: there is no such folder, and as a hub name: {reason}")
+    if not copy.is_dir() and (reason := silence()):
+        raise UserError(f"cannot load {what} {name}: there is no such folder, and as a hub name: {reason}")
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def build_generator(
             model = TokenFlowForTextToImage.from_pretrained(recipe.init_from)
             model.set_codebooks(image_tokenizer.model)
         elif recipe.language_model is not None:
-            check_model(recipe.language_model)
+            check_model(recipe.language_model, "language model")
             text_tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
             model = TokenFlowForTextToImage.from_llama(
                 recipe.language_model, text_tokenizer, image_tokenizer.model, recipe.max_text_tokens

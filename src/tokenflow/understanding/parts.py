@@ -82,7 +82,7 @@ def language_model(parts: Parts, dtype: torch.dtype = torch.float32) -> tuple[Pr
     if parts.package is not None:
         return load_gguf(_package_file(parts), dtype)
     try:
-        check_model(parts.language_model)
+        check_model(parts.language_model, "language model")
         model = AutoModelForCausalLM.from_pretrained(parts.language_model, dtype=dtype)
         return model, AutoTokenizer.from_pretrained(parts.language_model)
     except UserError:
