@@ -151,10 +151,12 @@ def test_names_of_tasks():
 # ------------------------------------------------------------------------------- lmms-eval as a process
 STAND_IN = """#!{python}
 # Speaks as the interpreter of `make venv-vlm` does.
-import json, pathlib, sys
+import json, os, pathlib, sys
 module, words = sys.argv[2], sys.argv[3:]
 if module == "tokenflow.evaluation.lmms_data":
     problems = {{"pope": None, "mmvet": None, "broken": None}}
+    if os.environ.get("HF_HUB_OFFLINE"):
+        problems["gqa"] = "Couldn't reach 'hub/gqa' on the Hub (OfflineModeIsEnabled)"
     print("a word of lmms-eval")
     print(json.dumps({{
         task: {{"dataset": "hub/" + task, "configurations": [], "problem": problems.get(task, "no network")}}
@@ -177,6 +179,12 @@ else:
         "versions": {{task: "Yaml"}}, "model_name": model,
     }}))
 """
+
+
+@pytest.fixture(autouse=True)
+def answering_hub(monkeypatch):
+    monkeypatch.setattr("tokenflow.hub.silence", lambda: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
 @pytest.fixture
@@ -216,6 +224,13 @@ def test_a_task_that_fails_ends_with_its_own_error(stand_in, tmp_path):
 def test_nothing_at_all_measured_is_an_error(stand_in, tmp_path):
     options = VlmEval(tasks=("gqa",), vlm_python=stand_in, results=str(tmp_path / "r"))
     with pytest.raises(UserError, match="no benchmark could be measured: gqa: no network"):
+        lmms.run(options)
+
+
+def test_a_silent_hub_is_said_in_place_of_retries(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenflow.hub.silence", lambda: "nobody answers")
+    options = VlmEval(tasks=("gqa",), vlm_python=stand_in, results=str(tmp_path / "r"))
+    with pytest.raises(UserError, match=r"gqa: hub/gqa is not on this machine, and nobody answers\. Where"):
         lmms.run(options)
 
 

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenflow import hub
 from tokenflow.errors import UserError
 from tokenflow.evaluation import report
 from tokenflow.evaluation.options import VlmEval
@@ -187,8 +188,12 @@ def find_python(given: str | None) -> str:
 def unavailable(python: str, tasks: Sequence[str], include_path: str | None) -> dict[str, str]:
     """Why tasks cannot be measured here and what would help, one line each; the others are left out."""
     asked = json.dumps({"tasks": list(tasks), "include_path": include_path})
+    silent = hub.silence()
     done = subprocess.run(
-        [python, "-m", "tokenflow.evaluation.lmms_data", asked], capture_output=True, text=True
+        [python, "-m", "tokenflow.evaluation.lmms_data", asked],
+        capture_output=True,
+        text=True,
+        env=_environment(silent),
     )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -199,6 +204,8 @@ def unavailable(python: str, tasks: Sequence[str], include_path: str | None) -> 
         if found["problem"] is not None:
             lines[task] = found["problem"]
             if found["dataset"] is not None:
+                if silent is not None and "OfflineModeIsEnabled" in found["problem"]:
+                    lines[task] = f"{found['dataset']} is not on this machine, and {silent}"
                 calls = [
                     f"load_dataset({', '.join(map(repr, (found['dataset'], *([name] if name else []))))})"
                     for name in found["configurations"] or [None]
@@ -210,6 +217,11 @@ def unavailable(python: str, tasks: Sequence[str], include_path: str | None) -> 
         elif judged and not any(os.environ.get(key) for key in _JUDGE_KEYS):
             lines[task] = f"an OpenAI model judges the answers: set {' or '.join(_JUDGE_KEYS)}"
     return lines
+
+
+def _environment(silent: str | None) -> dict[str, str]:
+    """Of a process of lmms-eval: where the hub is silent, copies of data sets count, without retries."""
+    return {**os.environ, **({} if silent is None else {"HF_HUB_OFFLINE": "1"})}
 
 
 def measure(python: str, task: str, options: VlmEval, results: Path) -> None:
@@ -235,6 +247,7 @@ def measure(python: str, task: str, options: VlmEval, results: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
+        env=_environment(hub.silence()),
     )
     assert process.stdout is not None
     try:
