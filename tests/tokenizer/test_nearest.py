@@ -218,7 +218,7 @@ def test_prepared_codes_serve_many_searches():
         assert torch.equal(nearest_code(q, prepared), nearest_code(q, c, b))
 
 
-def test_errors_name_what_is_wrong():
+def test_errors_name_what_is_wrong(monkeypatch):
     c = unit(10, 8)
     with pytest.raises(UserError, match=r"queries must be \[N, 8\] like the codes, got \[3, 7\]"):
         nearest_code(torch.zeros(3, 7), c)
@@ -236,6 +236,9 @@ def test_errors_name_what_is_wrong():
         nearest_code(torch.ones(20000, 1), torch.ones(1000, 1), backend="dense")
     with pytest.raises(UserError, match='unknown backend "annoy"'):
         nearest_code(unit(1, 8), c, backend="annoy")  # type: ignore[arg-type]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match='backend "triton" needs a CUDA device, and the queries are on cpu'):
+        nearest_code(unit(1, 8), c, backend="triton")
 
 
 TRITON_CASES = """

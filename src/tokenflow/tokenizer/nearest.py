@@ -29,6 +29,7 @@ ones.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,7 +113,8 @@ def nearest_code(
         an infinity is treated as zero, so it gets the code with the largest bias, or 0.
 
     Raises:
-        UserError: shapes that do not fit, codes that are not finite, or too large a problem for "dense".
+        UserError: shapes that do not fit, codes that are not finite, too large a problem for "dense", or a
+            backend that does not run on the device of the queries.
     """
     with torch.autocast(queries.device.type, enabled=False):
         if isinstance(codes, Tensor):
@@ -289,6 +291,8 @@ def _faiss(queries: Tensor, codes: PreparedCodes) -> Tensor:
 
 def _triton(queries: Tensor, codes: PreparedCodes) -> Tensor:
     """Top two of the fused kernel; where the second is within the window, the blocked search."""
+    if not queries.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise UserError(f'backend "triton" needs a CUDA device, and the queries are on {queries.device.type}')
     from tokenflow.tokenizer.nearest_triton import top_two
 
     first, index, second = top_two(queries, codes.codes[: codes.num_codes])
