@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenflow.tokenizer.configuration import ConvSpec
+from tokenflow.tokenizer.flows import ConvSpec
 
 
 class GroupNorm(nn.GroupNorm):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
 from tokenflow.errors import UserError
-from tokenflow.tokenizer.configuration import SemanticFlow, vision_config
+from tokenflow.tokenizer.configuration import vision_config
+from tokenflow.tokenizer.flows import SemanticFlow
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
