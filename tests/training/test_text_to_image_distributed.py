@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_runs import check_same_log, check_same_weights, torchrun
 from sharded_generator import loss_and_gradients, small_model, small_recipe
 
 from tokenflow.cli import main
@@ -35,34 +33,10 @@ def write_tokens(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def torchrun(*arguments: object, **environment: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-
-
 def check_same_run(one: Path, two: Path) -> None:
-    """Two output folders hold the same losses and, up to rounding, the same exported weights."""
-
-    def log(folder):
-        return list(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
-
-    for ours, theirs in zip(log(one), log(two), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"images_per_second"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
-    weights = [load_file(folder / "export" / "model.safetensors") for folder in (one, two)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    """Two output folders hold the same losses and exports."""
+    check_same_log(one, two)
+    check_same_weights(*(load_file(folder / "export" / "model.safetensors") for folder in (one, two)))
 
 
 @pytest.mark.slow

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from small_model import small_language_model, small_words
 from tokenflow.errors import UserError
 from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
 from tokenflow.training.understanding import Skipped, train_understanding
@@ -27,44 +22,11 @@ from tokenflow.training.understanding_recipe import (
     LoraRecipe,
     StageRecipe,
     UnderstandingRecipe,
-    WordAlignmentRecipe,
 )
 from tokenflow.understanding import ask, load
 
 COLOURS = ("red", "green", "blue", "gold")
 LANGUAGE_MODEL, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
-
-
-def picture(colour: str) -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (36, 40), colour).save(data, "PNG")
-    return data.getvalue()
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    small_language_model().save_pretrained(folder)
-    small_words().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def conversations(tmp_path_factory) -> Path:
-    """Eight conversations: four pictures, one row broken, one of text alone, two about a picture again."""
-    rows = [{"image": {"bytes": picture(c), "path": f"{c}.png"}, "answers": [c, "square"]} for c in COLOURS]
-    rows.append({"image": {"bytes": b"broken", "path": "broken.png"}, "answers": ["none"]})
-    rows.append({"image": None, "answers": ["hello"]})
-    rows += [{"image": rows[i]["image"], "answers": ["a shape", COLOURS[i], "yes"]} for i in (0, 1)]
-    for number, row in enumerate(rows):
-        turns = []
-        for question, answer in zip(("What?", "Form?", "Sure?"), row.pop("answers"), strict=False):
-            mark = "<image>\n" if row["image"] is not None and not turns else ""
-            turns += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
-        row |= {"conversations": turns, "id": str(number)}
-    file = tmp_path_factory.mktemp("data") / "train.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), file)
-    return file
 
 
 @pytest.fixture
@@ -305,30 +267,3 @@ def test_the_command_trains_both_stages(recipe, conversations, language_model, t
         assert "1 conversation skipped" in done.stdout
     adapter = load_file(tmp_path / "cli" / "instruct" / "export" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 7
-
-
-@pytest.mark.slow
-def test_two_processes_learn_as_one(recipe, conversations, tmp_path):
-    recipe = replace(recipe, words=WordAlignmentRecipe(steps=2))
-    train_understanding(recipe)
-    m, two = recipe.model, tmp_path / "two"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            "-m", "tokenflow", "train", "understanding", "tokenflow-tiny-chat", "--stage", "align",
-            "--model.tower", m.tower, "--model.language-model", m.language_model, "--model.package", "None",
-            "--align.sources", str(conversations), "--align.steps", "4", "--align.batch-size", "4",
-            "--align.accumulation", "1", "--align.lr", "0.01", "--mixed-precision", "no", "--log-every", "1",
-            "--output-dir", str(two), "--cache", str(tmp_path / "cache-of-two"), "--words.steps", "2",
-            "--trackers",
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    losses = [
-        [line["loss"] for line in log_of(run) if "loss" in line]
-        for run in (recipe, replace(recipe, output_dir=str(two)))
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert len((two / "align" / "skipped.txt").read_text().splitlines()) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from tokenflow.errors import UserError
 
@@ -50,6 +50,12 @@ def check_sharding(trainer: Trainer) -> None:
             "--fsdp-config: models are sharded over GPUs only, and these processes have none; leave it out "
             "to train data-parallel"
         )
+
+
+def name_layers(model: PreTrainedModel) -> None:
+    """Name no kinds of layers to shard one by one that the model lacks: accelerate would not have it."""
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = present & set(model._no_split_modules or ())
 
 
 def gather_in(model: nn.Module, *methods: str) -> None:

@@ -15,7 +15,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,11 +104,7 @@ class TowerCache:
             values = tower.encode(pixels).indices
             values = values.to(torch.uint16 if tower.config.codebook_size <= 2**16 else torch.int32)
         else:
-            seen = tower(pixels.to(tower.dtype), output_hidden_states=True)
-            values = seen.hidden_states[self.config.vision_feature_layer]
-            if self.config.vision_feature_select_strategy == "default":
-                values = values[:, 1:]
-            values = values.half()
+            values = chosen_features(tower, self.config, pixels).half()
         keys = list(waiting)
         waiting.clear()
         return dict(zip(keys, values.cpu(), strict=True))
@@ -140,23 +136,43 @@ def tower_fingerprint(tower: PreTrainedModel, processor: Any, config: Any) -> st
     return digest.hexdigest()
 
 
-class CachedTower(nn.Module):
-    """Takes the vision tower's place in a LLaVA that is given entries of the cache as its pixels.
+def chosen_features(tower: Any, config: Any, pixels: Tensor) -> Tensor:
+    """What a LLaVA of this configuration takes of its tower's hidden states, `[B, N, D]`."""
+    seen = tower(pixels.to(tower.dtype), output_hidden_states=True)
+    features = seen.hidden_states[config.vision_feature_layer]
+    return features[:, 1:] if config.vision_feature_select_strategy == "default" else features
 
-    The tower itself is no submodule: it is neither trained nor saved.
+
+class TowerBeside(nn.Module):
+    """Takes the vision tower's place in a LLaVA that is given features as its pixels: what `look` returns.
+
+    The tower itself is no submodule: it is neither trained nor cast, sharded or saved with the model. And it
+    is asked outside the model's forward, which in a sharded one rounds its inputs to half precision.
     """
 
-    def __init__(self, tower: PreTrainedModel):
+    def __init__(self, tower: PreTrainedModel, config: Any):
         super().__init__()
         self.__dict__["tower"] = tower
+        self.config = config
 
-    def forward(self, entries: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Indices `[B, L]` or features `[B, N, D]` to features, the one hidden state."""
-        tower = cast(Any, self.tower)
-        if not isinstance(tower, TokenFlowModel):
-            features = entries.float()
-        else:
-            with torch.no_grad():
-                codes = tower.to(entries.device)  # type: ignore[arg-type]
-                features = codes.features_from_indices(entries, tower.config.feature_strategy)
+    @torch.no_grad()
+    def look(self, pixels: Tensor) -> Tensor:
+        """Pixels `[B, 3, H, W]` to features `[B, N, D]`."""
+        tower: Any = self.tower
+        return chosen_features(tower.to(pixels.device), self.config, pixels)
+
+    def forward(self, features: Tensor, **kwargs: Any) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+
+class CachedTower(TowerBeside):
+    """The same with entries of the cache."""
+
+    @torch.no_grad()
+    def look(self, entries: Tensor) -> Tensor:
+        """Indices `[B, L]` or features `[B, N, D]` to features."""
+        tower: Any = self.tower
+        if not isinstance(tower, TokenFlowModel):
+            return entries.float()
+        codes = tower.to(entries.device)  # type: ignore[arg-type]
+        return codes.features_from_indices(entries, tower.config.feature_strategy)

@@ -33,8 +33,8 @@ from tokenflow.files import write_error
 from tokenflow.training import checkpointing
 from tokenflow.training.callbacks import Checkpoints, Reports, Stopping, latest_checkpoint
 from tokenflow.training.progress import StopRequest
-from tokenflow.training.sharding import check_sharding, sharding_options, whole_weights
-from tokenflow.training.tower_cache import CachedTower, TowerCache
+from tokenflow.training.sharding import check_sharding, name_layers, sharding_options, whole_weights
+from tokenflow.training.tower_cache import CachedTower, TowerBeside, TowerCache
 from tokenflow.training.understanding_data import (
     IGNORE,
     ConversationCollator,
@@ -118,8 +118,9 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
         if stage.eval_sources:
             eval_rows, _ = open_rows(recipe, chat, stage.eval_sources, "val")
             draw(eval_rows, range(min(recipe.eval_rows, len(eval_rows))), skipped)
-    if recipe.cache is not None:
-        chat.model.model.vision_tower = CachedTower(chat.model.model.vision_tower)
+    beside = TowerBeside if recipe.cache is None else CachedTower
+    chat.model.model.vision_tower = beside(chat.model.model.vision_tower, chat.model.config)
+    name_layers(chat.model)
     arguments.max_steps = steps
     arguments.warmup_steps = math.ceil(recipe.warmup * steps)
     trainer = UnderstandingTrainer(recipe, arguments, chat, order, eval_rows, skipped)
@@ -217,14 +218,16 @@ class UnderstandingTrainer(Trainer):
         labels = inputs.pop("labels")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         learned = targets != IGNORE
-        if self.recipe.cache is not None:  # see CachedTower
-            inputs |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        seen, pixels = self.chat.model.model, inputs["pixel_values"]
+        if pixels is None:
+            # No features of a picture: so the projector has gradients, and FSDP's processes keep step.
+            width = seen.multi_modal_projector.linear_1.in_features
+            inputs["pixel_values"] = torch.zeros(1, 0, width, device=labels.device)
+        else:
+            inputs["pixel_values"] = seen.vision_tower.look(pixels)
+        inputs |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}  # all that was seen
         logits = model(**inputs, logits_to_keep=learned, use_cache=False).logits.float()
         total = F.cross_entropy(logits, targets[learned], reduction="sum")
-        if inputs["pixel_values"] is None:
-            # A part without pictures: the projector has gradients all the same, as DDP and FSDP want.
-            projector = self.chat.model.model.multi_modal_projector
-            total = total + 0 * sum(p.sum() for p in projector.parameters())
         return total, len(logits)
 
     @torch.no_grad()
@@ -282,11 +285,11 @@ class UnderstandingTrainer(Trainer):
             checkpointing.save_tensors(tensors, folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        file = Path(resume_from_checkpoint) / _WEIGHTS
-        if file.is_file():
-            self.chat.model.load_state_dict(load_file(file), strict=False)
-        else:  # FSDP and DeepSpeed keep their own
+        if self.is_fsdp_enabled:  # keeps its own
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            weights = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+            self.chat.model.load_state_dict(weights, strict=False)
 
     def complete_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Write the export into a checkpoint."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tokenflow.errors import UserError
-from tokenflow.training.tower_cache import CachedTower
+from tokenflow.training.tower_cache import TowerBeside
 from tokenflow.training.understanding_recipe import LoraRecipe, UnderstandingRecipe
 from tokenflow.understanding import load
 from tokenflow.understanding.llava import PARTS_FILE
@@ -72,7 +72,7 @@ class Chat:
         if half:
             weights = {k: v if k.startswith(_TOWER) else v.bfloat16() for k, v in weights.items()}
         tower: Any = self.model.model.vision_tower
-        if isinstance(tower, CachedTower):
+        if isinstance(tower, TowerBeside):
             original: Any = tower.tower
             weights |= {_TOWER + name: tensor for name, tensor in original.state_dict().items()}
         self.model.save_pretrained(folder, state_dict=weights)

@@ -114,7 +114,7 @@ class WordAligner:
         self.entries, self.answers, self.recipe, self.device = entries, answers, recipe, device
         chat.model.to(device)  # type: ignore[arg-type]
         self.projector: Any = chat.model.model.multi_modal_projector
-        self.tower = CachedTower(chat.model.model.vision_tower)
+        self.tower = CachedTower(chat.model.model.vision_tower, chat.model.config)
         held_out = min(_HELD_OUT, len(answers) // 20)
         self.held_out, self.learned = np.split(np.arange(len(answers)), [held_out])
 
@@ -146,7 +146,7 @@ class WordAligner:
         entries = torch.stack([self.entries[place] for place in places]).to(self.device)
         half = self.recipe.mixed_precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            projected = self.projector(self.tower(entries).last_hidden_state)
+            projected = self.projector(self.tower.look(entries))
         return (projected.float() - self.mean) / self.length
 
     def learn(self) -> dict[str, float]:
