@@ -15,9 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from command_line import the_error
 from tokenflow.cli import main
-from tokenflow.drawing import MOST_PICTURES, load_class_pipeline, load_pipeline, read_drawing
+from tokenflow.drawing import load_class_pipeline, load_pipeline, read_drawing
 from tokenflow.errors import UserError
-from tokenflow.generation.options import GenerateOptions, sampling
+from tokenflow.generation.options import MOST_PICTURES, GenerateOptions, sampling
 
 
 @pytest.fixture

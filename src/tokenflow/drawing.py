@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from tokenflow.generation.pipeline import TextToImagePipeline
 
 METADATA = "tokenflow"
-MOST_PICTURES = 100_000  # of one run
 MOST_SHEET_PIXELS = 50_000_000
 
 
@@ -129,8 +128,6 @@ def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
     given = (options.from_, options.init_image, options.mask, options.prompts)
     spare_inputs([*targets, grid], [path for path in given if path is not None])
     check_writable(targets[0])
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
     pipe = _pipeline_for(drawings, options.device)
     if options.init_image is not None:
         kept = known_tokens(pipe, options.init_image, options.mask, options.keep_scales)
@@ -293,20 +290,8 @@ def wanted(options: GenerateOptions) -> list[Drawing]:
     """The pictures that the options ask for, subject by subject, each from all its seeds.
 
     Raises:
-        UserError: a number out of range, too many pictures, options that contradict each other.
+        UserError: a number out of range, options that contradict each other.
     """
-    found = subjects(options)
-    count, seed = options.num_images, options.seed
-    if count < 1:
-        raise UserError(f"--num-images must be at least 1, got {count}")
-    if not 0 <= seed <= 2**63 - count:
-        raise UserError(f"--seed must be from 0 to 2^63 - {count}, got {seed}")
-    if len(found) * count > MOST_PICTURES:
-        raise UserError(
-            f"{len(found) * count:,} pictures are too many for one run; draw at most {MOST_PICTURES:,}"
-        )
-    if options.init_image is None and (options.mask or options.keep_scales is not None):
-        raise UserError("--mask and --keep-scales say what to keep of a picture; give --init-image too")
     top_k, top_p = sampling(options)
     shared: dict[str, Any] = {
         "model": options.model,
@@ -321,9 +306,10 @@ def wanted(options: GenerateOptions) -> list[Drawing]:
     SamplingSettings(shared["guidance_scale"], top_k, top_p, shared["temperature"])
     each: list[dict[str, Any]] = [
         {"prompt": "", "label": subject} if isinstance(subject, int) else {"prompt": subject}
-        for subject in found
+        for subject in subjects(options)
     ]
-    return [Drawing(**subject, seed=seed + i, **shared) for subject in each for i in range(count)]
+    count = options.num_images
+    return [Drawing(**subject, seed=options.seed + i, **shared) for subject in each for i in range(count)]
 
 
 def _guidance(options: GenerateOptions) -> float:

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from tokenflow.errors import UserError
 
+MOST_PICTURES = 100_000  # of one run
 MOST_CHARACTERS = 100_000  # of a prompt: all but the first few hundred are cut off anyway
 STEPS = {1: ((1200,), (0.8,)), 2: ((1200, 1), (0.8, 0.0)), 3: ((1200, 100, 1), (0.8, 0.8, 0.0))}  # Tab. 6
 LABEL_STEPS = STEPS | {1: ((900,), (0.96,))}  # VAR's
@@ -65,10 +66,25 @@ class GenerateOptions:
     """Pictures at a time; changes the speed and the memory needed, not the pictures."""
 
     def check(self) -> None:
-        """Raise UserError for prompts, labels and passes that make no sense."""
+        """Raise UserError for prompts, labels, counts and passes that make no sense."""
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
         if self.from_ is None:
-            subjects(self)
+            self._check_count(len(subjects(self)))
             sampling(self)
+
+    def _check_count(self, subjects: int) -> None:
+        count = self.num_images
+        if count < 1:
+            raise UserError(f"--num-images must be at least 1, got {count}")
+        if not 0 <= self.seed <= 2**63 - count:
+            raise UserError(f"--seed must be from 0 to 2^63 - {count}, got {self.seed}")
+        if subjects * count > MOST_PICTURES:
+            raise UserError(
+                f"{subjects * count:,} pictures are too many for one run; draw at most {MOST_PICTURES:,}"
+            )
+        if self.init_image is None and (self.mask or self.keep_scales is not None):
+            raise UserError("--mask and --keep-scales say what to keep of a picture; give --init-image too")
 
 
 def subjects(options: GenerateOptions) -> list[str] | list[int]:
