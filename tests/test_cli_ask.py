@@ -28,7 +28,8 @@ def run(chat_folder, capsys, tmp_path, monkeypatch):
     Image.new("RGB", (30, 40), (20, 30, 220)).save("blue.jpg")
 
     def run(*arguments: object, lines: str = "", model: object = chat_folder) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        typed = io.BytesIO(lines.encode(errors="surrogateescape"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8"))
         code = main([*map(str, arguments), "--model", str(model)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -61,6 +62,8 @@ def test_sampling_repeats_with_its_seed(run):
         (("What is it?",), "there is no image"),
         (("red.png", "What", "is it?"), "cannot read image What: no such file (quote a question"),
         (("red.png", "What?", "--max-new-tokens", "0"), "--max-new-tokens must be at least 1, got 0"),
+        (("red.png", "What?", "--seed", "-1"), "--seed must be from 0 to 2^64 - 1, got -1"),
+        (("red.png", "caf\udce9?"), "is not valid UTF-8 text"),
         (("red.png", "What?", "--temperature", "-1"), "--temperature must be a number of at least 0"),
         (("red.png", "a b " * 300), "this model reads 512: shorten the question"),
     ],
@@ -88,6 +91,12 @@ def test_chat_goes_on_after_a_mistake_and_starts_over(run):
     assert len(errors) == 2
     assert "no such file" in errors[0]
     assert "unknown command /imagine" in errors[1]
+
+
+def test_chat_goes_on_after_a_line_that_is_no_text(run):
+    code, out, err = run("chat", *FEW, lines="caf\udce9?\nWhat is it?")
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert err.splitlines()[-1] == "tokenflow: error: the question 'caf\\udce9?' is not valid UTF-8 text"
 
 
 def test_convert_takes_a_released_folder(run, small_model_folder, capsys):

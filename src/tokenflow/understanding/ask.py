@@ -42,8 +42,8 @@ def ask(
         The answer.
 
     Raises:
-        UserError: an empty question; question, images and answer exceed the model's context; a processor
-            without chat template.
+        UserError: a question that is empty or no text; question, images and answer exceed the model's
+            context; a processor without chat template.
         ImageError: a file that is no picture.
     """
     return Conversation(model, processor).ask(question, images, **generate_kwargs)
@@ -70,6 +70,10 @@ class Conversation:
         """
         if not question.strip():
             raise UserError("the question is empty; ask something about the image")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line or pipe that are no text
+            raise UserError(f"the question {question!r:.80} is not valid UTF-8 text") from error
         pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
         messages = [*self.messages, user_message(self.processor, question, len(pictures))]
         inputs = tokenize(self.model, self.processor, [messages])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ def ask_files(
     """
     images, question = split_words(words)
     pictures = [read_image(path) for path in images]
-    options = generate_options(max_new_tokens, temperature)
+    options = generate_options(max_new_tokens, temperature, seed)
     talk = Conversation(*load(model, device=device))
     torch.manual_seed(seed)
     if not as_json:
@@ -68,10 +69,12 @@ def chat(
         UserError: an image that cannot be read; options out of range; no such model.
     """
     shown: list[Image.Image] = [read_image(path) for path in images]
-    options = generate_options(max_new_tokens, temperature)
+    options = generate_options(max_new_tokens, temperature, seed)
     parts = load(model, device=device)
     torch.manual_seed(seed)
     talk, waiting = Conversation(*parts), list(shown)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `Conversation.ask` refuses the line, not the rest
     interactive = sys.stdin.isatty()
     if interactive:
         print(HELP)
@@ -110,8 +113,14 @@ def split_words(words: Sequence[str]) -> tuple[list[Path], str]:
     return [Path(file) for file in files], question
 
 
-def generate_options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """What `generate` takes: sampling at a temperature above 0, else the likeliest answer."""
+def generate_options(max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    """What `generate` takes: sampling at a temperature above 0, else the likeliest answer.
+
+    Raises:
+        UserError: a number out of range; of the seed, too, which torch is given.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed must be from 0 to 2^64 - 1, got {seed}")
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
