@@ -111,6 +111,7 @@ def test_labels_and_prompts_go_to_the_models_that_draw_from_them(run):
     assert "small-t2i draws from prompts; use" in the_error(run(*labels, *out, "{t2i}"))
     assert "small-var draws from class labels; use" in the_error(run("generate", "a cat", *out, "{var}"))
     assert "label 5: this model knows 0 to 4" in the_error(run(*labels, 5, *out, "{var}"))
+    assert "--compile goes with prompts" in the_error(run(*labels, *out, "{var}", "--compile"))
     assert "label -2: labels count from 0" in the_error(run(*labels, -2, *out, "{var}"))
     assert "give prompts or --labels, not both" in the_error(
         run("generate", "a cat", *labels[1:], *out, "{var}")

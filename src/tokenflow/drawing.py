@@ -128,7 +128,9 @@ def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
     given = (options.from_, options.init_image, options.mask, options.prompts)
     spare_inputs([*targets, grid], [path for path in given if path is not None])
     check_writable(targets[0])
-    pipe = _pipeline_for(drawings, options.device)
+    pipe: Any = _pipeline_for(drawings, options.device)
+    if options.compile:
+        pipe.model.compile_passes()
     if options.init_image is not None:
         kept = known_tokens(pipe, options.init_image, options.mask, options.keep_scales)
         drawings = [replace(drawing, known_codes=kept[0], known_mask=kept[1]) for drawing in drawings]

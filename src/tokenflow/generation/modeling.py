@@ -32,7 +32,7 @@ from tokenflow.generation.codes import CodeTable
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 from tokenflow.generation.decoder import Decoder
 from tokenflow.generation.masks import Segment, block_numbers, dense_mask, flex_mask
-from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor
+from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor, one_pass
 from tokenflow.generation.prompt import add_pad_token, marker_ids
 from tokenflow.generation.sampler import (
     KnownTokens,
@@ -89,6 +89,7 @@ class TokenFlowForTextToImage(PreTrainedModel):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.full_vocab_size, bias=False)
         self.code_table = CodeTable(config.codebook_size, config.code_dim, config.scales)
+        self.compiled_pass: Callable[..., Any] | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -291,6 +292,20 @@ class TokenFlowForTextToImage(PreTrainedModel):
         return F.cross_entropy(self.lm_head(rows).float(), labels, reduction="none")
 
     # sampling
+    def compile_passes(self, **options: Any) -> None:
+        """Compile the passes of cached sampling, one graph a scale, at its first use.
+
+        Prompts are then padded to `max_text_tokens`, so that no later one of the same batch size changes a
+        shape: nothing is compiled again. Tokens stay as they are, but where two codes are a rounding apart.
+
+        Args:
+            options: of `torch.compile`. `mode="reduce-overhead"` captures the graphs as CUDA graphs; only
+                CPUs were at hand to test with, where it changes nothing.
+        """
+        graphs = 8 * len(self.config.scales)  # eight batch sizes; torch's own limit is fewer than the scales
+        torch._dynamo.config.recompile_limit = max(graphs, torch._dynamo.config.recompile_limit)
+        self.compiled_pass = torch.compile(one_pass, **{"dynamic": False, "fullgraph": True, **options})
+
     def stream_indices(
         self,
         input_ids: Tensor,
@@ -355,7 +370,8 @@ class TokenFlowForTextToImage(PreTrainedModel):
                 negative = (negative_input_ids, cast(Tensor, negative_attention_mask))
                 ids, mask = (x.expand(rows, -1)[part] for x in negative)
                 prefixes.append((ids, mask))
-            predictor = kind(self, *join_prefixes(prefixes))
+            width = self.image_start if self.compiled_pass is not None else 0
+            predictor = kind(self, *join_prefixes(prefixes, width))
             given = None if known is None else known.of(part)
             steps = sample_scales(predictor, self.code_table, settings, seeds[part], given)
             for position, codes in enumerate(steps):
@@ -413,10 +429,11 @@ def cut_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return input_ids[:, first:], real[:, first:]
 
 
-def join_prefixes(prefixes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Batches `(input_ids, attention_mask)` as one, without needless padding; the mask comes back as bool."""
+def join_prefixes(prefixes: Sequence[tuple[Tensor, Tensor]], width: int = 0) -> tuple[Tensor, Tensor]:
+    """Batches `(input_ids, attention_mask)` as one, without needless padding beyond `width`; the mask comes
+    back as bool."""
     cut = [cut_padding(*prefix) for prefix in prefixes]
-    width = max(ids.shape[1] for ids, _ in cut)
+    width = max(width, *(ids.shape[1] for ids, _ in cut))
     # Which id fills the padding does not matter: nothing sees it.
     ids = torch.cat([F.pad(ids, (width - ids.shape[1], 0)) for ids, _ in cut])
     real = torch.cat([F.pad(real, (width - real.shape[1], 0)) for _, real in cut])

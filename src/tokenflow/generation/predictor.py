@@ -47,6 +47,43 @@ class ScaleCache:
         )
         return keys, values
 
+    def before(self, start: int) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values up to `start`; none at the first pass."""
+        return [(pair[0][:, :, :start], pair[1][:, :, :start]) for pair in self.buffers if pair is not None]
+
+
+class PassCache:
+    """What one compiled pass reads and leaves: views of a `ScaleCache`, and the new keys and values."""
+
+    def __init__(self, past: list[tuple[Tensor, Tensor]]):
+        self.past = past
+        self.new: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        self.new.append((k, v))
+        if not self.past:
+            return k, v
+        before = self.past[layer]
+        return torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+
+
+def one_pass(
+    model: TokenFlowForTextToImage,
+    x: Tensor,
+    first: int,
+    mask: Tensor,
+    past: list[tuple[Tensor, Tensor]],
+    n: int,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """What `model.compile_passes` compiles: no tensor that it is given changes, as CUDA graphs want.
+
+    Returns:
+        logits of the last `n` positions; the new keys and values of each layer.
+    """
+    cache = PassCache(past)
+    hidden = model.model(x, first, mask, cache)
+    return model.visual_logits(hidden[:, -n:]), cache.new
+
 
 class CachedPredictor:
     """Each pass computes only its own scale's positions. Shapes depend on the scale alone.
@@ -62,7 +99,8 @@ class CachedPredictor:
         total = input_ids.shape[1] - 1 + model.config.num_image_tokens
         self.cache = ScaleCache(len(model.model.layers), total)
         # Without padding nothing is hidden from a later scale, and attention without a mask is faster.
-        self.visible = None if real.all() else F.pad(real, (0, total - real.shape[1]), value=True)
+        plain = bool(real.all()) and model.compiled_pass is None
+        self.visible = None if plain else F.pad(real, (0, total - real.shape[1]), value=True)
         self.positions = 0
 
     def step(self, position: int, features: Tensor | None, keep: bool) -> Tensor:
@@ -77,9 +115,17 @@ class CachedPredictor:
             start = prefix - 1 + decoder.offsets[position]
             mask = None if self.visible is None else self.visible[:, None, None, : start + x.shape[1]]
         self.positions += x.shape[1]
-        first = self.model.image_start - prefix + start
-        hidden = decoder(x, first, mask, self.cache.at(start, keep))
-        return self.model.visual_logits(hidden[:, -(decoder.scales[position] ** 2) :])
+        first, n = self.model.image_start - prefix + start, decoder.scales[position] ** 2
+        if self.model.compiled_pass is None:
+            hidden = decoder(x, first, mask, self.cache.at(start, keep))
+            return self.model.visual_logits(hidden[:, -n:])
+        torch.compiler.cudagraph_mark_step_begin()  # what the pass before returned has been used
+        logits, new = self.model.compiled_pass(self.model, x, first, mask, self.cache.before(start), n)
+        if keep:
+            self.cache.at(start, keep)
+            for layer, pair in enumerate(new):
+                self.cache.update(pair[0], pair[1], layer)
+        return logits
 
 
 class UncachedPredictor:
