@@ -21,9 +21,9 @@ BUNDLED = "tokenflow-tiny-t2i"
 # From what the bundled model was trained on: flowers first, the narrowest domain.
 PROMPTS = (
     "a photo of a sunflower",
-    "a photo of a rose flower",
+    "a rose",
     "a photo of a passion flower",
-    "a photo of a californian poppy flower",
+    "a photo of a goldfish",
     "a photo of a lakeside",
     "two dogs play in the snow",
 )
