@@ -144,6 +144,9 @@ def test_shards_of_another_tokenizer_or_other_options_are_refused(options, other
         tokenize(replace(options, crops=1))
     with pytest.raises(UserError, match="at least one data set"):
         tokenize(replace(options, data=()))
+    for option in ({"shard_rows": 0}, {"batch_size": 0}, {"crops": -1}, {"num_workers": -1}):
+        with pytest.raises(UserError, match=r"must be at least [01], got"):
+            tokenize(replace(options, **option))
 
 
 def test_sources_with_mixed_tokenizers_are_refused(options, other_model_folder):

@@ -70,10 +70,13 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
 
     Raises:
         UserError: a source cannot be opened; the folder holds shards of another tokenizer or other options;
-            a place cannot be written to; a worker was killed.
+            a place cannot be written to; a worker was killed; a count that makes no sense.
     """
     if not options.data:
         raise UserError("nothing to tokenize; name at least one data set")
+    for name, least in (("shard_rows", 1), ("batch_size", 1), ("crops", 0), ("num_workers", 0)):
+        if (value := getattr(options, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     sources = [Source.parse(text, split=options.split, streaming=options.streaming) for text in options.data]
     shards = [shard for source in sources for shard in _plan(source, sources, options)]
     maker = ShardMaker(options)
