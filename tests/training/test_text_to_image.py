@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -283,7 +284,7 @@ def test_images_are_tokenized_on_the_fly(recipe, tmp_path):
     assert items[2]["caption"] == ""  # no templates given here
 
 
-def test_going_on_from_a_language_model_or_an_export(recipe, tmp_path):
+def test_going_on_from_a_language_model_or_a_bundled_one(recipe, tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     text = train_text_tokenizer(["a red square"] * 3, 280)
@@ -294,7 +295,9 @@ def test_going_on_from_a_language_model_or_an_export(recipe, tmp_path):
     done = train_text_to_image(replace(recipe, steps=1, model=llama))
     assert TextToImagePipeline.from_pretrained(done.export).model.config.text_config.hidden_size == 16
     again = replace(recipe, steps=1, output_dir=str(tmp_path / "second"))
-    done = train_text_to_image(replace(again, model=replace(recipe.model, init_from=str(done.export))))
+    shutil.copytree(done.export, tmp_path / "bundled" / "mine")
+    monkeypatch.setattr("tokenflow.bundled._HERE", tmp_path / "bundled")
+    done = train_text_to_image(replace(again, model=replace(recipe.model, init_from="mine")))
     assert TextToImagePipeline.from_pretrained(done.export).model.config.text_config.hidden_size == 16
     nowhere = replace(recipe.model, language_model=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cannot load language model .*nowhere"):

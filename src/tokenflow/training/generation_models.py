@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from tokenflow.bundled import resolve
 from tokenflow.codec import Loaded, load
 from tokenflow.errors import UserError
 from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
@@ -92,8 +93,9 @@ def build_generator(
     source = recipe.init_from or recipe.language_model
     try:
         if recipe.init_from is not None:
-            text_tokenizer = AutoTokenizer.from_pretrained(recipe.init_from)
-            model = TokenFlowForTextToImage.from_pretrained(recipe.init_from)
+            start = resolve(recipe.init_from)
+            text_tokenizer = AutoTokenizer.from_pretrained(start)
+            model = TokenFlowForTextToImage.from_pretrained(start)
             model.set_codebooks(image_tokenizer.model)
         elif recipe.language_model is not None:
             check_model(recipe.language_model, "language model")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from tokenflow.bundled import resolve
 from tokenflow.errors import UserError
 from tokenflow.training.tower_cache import TowerBeside
 from tokenflow.training.understanding_recipe import LoraRecipe, UnderstandingRecipe
@@ -86,7 +87,7 @@ def build_chat(recipe: UnderstandingRecipe) -> Chat:
         UserError: a part that cannot be loaded; nothing to start the second stage from; a start of another
             shape; an export that cannot hold what is learned.
     """
-    start = recipe.init_from
+    start = None if recipe.init_from is None else resolve(recipe.init_from)
     if recipe.stage == "instruct" and start is None:
         start = f"{recipe.output_dir}/align/export"
         if not Path(start).is_dir():
