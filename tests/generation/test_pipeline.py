@@ -111,6 +111,7 @@ def test_long_prompts_are_cut_with_a_warning(pipe):
         ({"top_k": (1, 2)}, "top_k has 2 entries and top_p 3"),
         ({"seed": [1, 2]}, "one for each of the 1 images; got 2"),
         ({"seed": -1}, "a seed must be an integer from 0"),
+        ({"seed": 1.5}, "a seed must be an integer, or a list of one for each image"),
     ],
 )
 def test_what_makes_no_sense(pipe, options, message):

@@ -270,12 +270,14 @@ def seeds_for(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """A seed a row: the same for all, each its own, or drawn (None).
 
     Raises:
-        UserError: a list of another length.
+        UserError: a list of another length, or neither list nor integer.
     """
     if seed is None:
         return torch.randint(2**32, (rows,), generator=_fresh()).tolist()
     if isinstance(seed, int):
         return [seed] * rows
+    if not isinstance(seed, Sequence):
+        raise UserError(f"a seed must be an integer, or a list of one for each image, got {seed!r}")
     if len(seed) != rows:
         raise UserError(f"give one seed, or one for each of the {rows} images; got {len(seed)}")
     return list(seed)
