@@ -1,4 +1,4 @@
-"""What `test_understanding_distributed.py` shards over two gloo processes; see `sharded_generator.py`."""
+"""What two gloo processes shard, by FSDP2 (see `sharded_generator.py`) or DeepSpeed; SHARDED_FOLDER says."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def stages(folder: Path, name: str, **changes: Any) -> list[UnderstandingRecipe]
     return [align, lora, whole]
 
 
-def train_sharded(folder: Path) -> None:
+def train_sharded(folder: Path, **changes: str) -> None:
     """Each run is stopped after its first step and started again."""
     facts: dict[str, str] = {}
 
@@ -59,7 +59,7 @@ def train_sharded(folder: Path) -> None:
             return super().compute_loss(*args, **options)
 
     understanding.UnderstandingTrainer = Watched
-    for recipe in stages(folder, "two", fsdp_config=str(folder / "fsdp.json")):
+    for recipe in stages(folder, "two", **changes):
         assert understanding.train_understanding(replace(recipe, max_minutes=0.0)).step == 1
         assert understanding.train_understanding(recipe).step == 3
     if dist.get_rank() == 0:
@@ -69,7 +69,10 @@ def train_sharded(folder: Path) -> None:
 if __name__ == "__main__":
     folder = Path(os.environ["SHARDED_FOLDER"])
     dist.init_process_group("gloo")
-    let_accelerate_shard_on_cpus()
-    train_sharded(folder)
+    if (folder / "zero2.json").exists():
+        train_sharded(folder, deepspeed=str(folder / "zero2.json"))
+    else:
+        let_accelerate_shard_on_cpus()
+        train_sharded(folder, fsdp_config=str(folder / "fsdp.json"))
     dist.barrier()
     os._exit(0)  # without interpreter teardown, which gloo's threads do not always survive

@@ -1,8 +1,10 @@
-"""FSDP2 by transformers' Trainer: what it is asked for, that it is what happens, whole weights out of it."""
+"""FSDP2 and DeepSpeed by transformers' Trainer: what is asked for, that it happens, whole weights again."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,17 @@ def sharding_options(fsdp_config: str | None, processes: int) -> dict[str, Any]:
             "-m tokenflow train ..."
         )
     return {"fsdp": True, "fsdp_config": config}
+
+
+def check_deepspeed(config: str | None) -> None:
+    """Raise UserError where DeepSpeed was asked for and could not start: it is missing, or torchrun is."""
+    if config is not None and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--deepspeed needs a package: pip install --no-build-isolation deepspeed")
+    if config is not None and "RANK" not in os.environ:
+        raise UserError(
+            "--deepspeed takes its place among processes from torchrun: start it with torchrun "
+            "--nproc-per-node N -m tokenflow train ..."
+        )
 
 
 def check_sharding(trainer: Trainer) -> None:

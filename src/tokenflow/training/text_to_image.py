@@ -33,7 +33,7 @@ from tokenflow.training.generation_data import GenerationRows
 from tokenflow.training.generation_models import Generator, build_generator, load_image_tokenizer
 from tokenflow.training.muon import MuonAdamW, muon_groups
 from tokenflow.training.progress import StopRequest
-from tokenflow.training.sharding import check_sharding, sharding_options, whole_weights
+from tokenflow.training.sharding import check_deepspeed, check_sharding, sharding_options, whole_weights
 from tokenflow.training.text_to_image_recipe import ClassToImageRecipe, TextToImageRecipe
 
 Recipe = TextToImageRecipe | ClassToImageRecipe
@@ -211,6 +211,7 @@ class GenerationTrainer(Trainer):
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's own options for a recipe."""
     o, data, folder = recipe.optimizer, recipe.data, Path(recipe.output_dir)
+    check_deepspeed(recipe.deepspeed)
     on_cpu = not torch.accelerator.is_available()
     processes = TrainingArguments(str(folder / "checkpoints"), use_cpu=on_cpu, report_to=[]).world_size
     share, rest = divmod(data.batch_size, processes * data.accumulation)

@@ -33,7 +33,13 @@ from tokenflow.files import write_error
 from tokenflow.training import checkpointing
 from tokenflow.training.callbacks import Checkpoints, Reports, Stopping, latest_checkpoint
 from tokenflow.training.progress import StopRequest
-from tokenflow.training.sharding import check_sharding, name_layers, sharding_options, whole_weights
+from tokenflow.training.sharding import (
+    check_deepspeed,
+    check_sharding,
+    name_layers,
+    sharding_options,
+    whole_weights,
+)
 from tokenflow.training.tower_cache import CachedTower, TowerBeside, TowerCache
 from tokenflow.training.understanding_data import (
     IGNORE,
@@ -304,6 +310,7 @@ class UnderstandingTrainer(Trainer):
 def training_arguments(recipe: UnderstandingRecipe) -> TrainingArguments:
     """The Trainer's own options for a recipe; the number of steps is set when the data is known."""
     stage, folder = recipe.of_stage, Path(recipe.folder)
+    check_deepspeed(recipe.deepspeed)
     on_cpu = not torch.accelerator.is_available()
     processes = TrainingArguments(str(folder / "checkpoints"), use_cpu=on_cpu, report_to=[]).world_size
     share, rest = divmod(stage.batch_size, processes * stage.accumulation)
