@@ -1,9 +1,8 @@
 """The chat model against transformers' LLaVA with an untouched CLIP tower of the same size.
 
 Both sides are `LlavaForConditionalGeneration` around the same language model, SmolLM2-135M-Instruct, with as
-many features of an image. The CLIP tower is random and has as many parameters as ours needs to encode. While
-no chat model is bundled, ours has a new projector: what it says then makes no sense, but takes as long, for
-all answers have a fixed length.
+many features of an image. The CLIP tower is random and has as many parameters as ours needs to encode. All
+answers have a fixed length.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ is added to the weights when the model is loaded, so running it needs no peft.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from dataclasses import asdict, dataclass
@@ -108,8 +109,11 @@ def save_parts(
     """
     state = projector or model.model.multi_modal_projector.state_dict()
     projector = {key: value.contiguous() for key, value in state.items()}
+    config: Any = copy.deepcopy(model.config)
+    for part in (config, config.text_config, config.vision_config):
+        part.name_or_path = ""  # a path of this machine tells nobody else anything
     with atomic_folder(folder) as temporary:
-        model.config.save_pretrained(temporary)
+        config.save_pretrained(temporary)
         save_file(projector, temporary / "projector.safetensors")
         text = json.dumps({key: value for key, value in asdict(parts).items() if value is not None}, indent=2)
         (temporary / PARTS_FILE).write_text(text + "\n", encoding="utf-8")
