@@ -46,6 +46,7 @@ _WARMUP = 50  # steps
 _DISTANCE, _LENGTH = 1.7, 0.3  # weights beside the contrastive loss
 _EQUAL = 0.99  # cosine of two targets that are one
 _HELD_OUT = 1000  # rows at most that are measured on
+_SEEN_FIRST = 256  # pictures that mean and deviation of the features are taken from
 _NAME = 3  # words at most of an answer that is a name
 
 
@@ -101,6 +102,8 @@ class WordAligner:
     Attributes:
         mean: `[D]`, the mean embedding of the words that occur in answers.
         length: their mean distance from it.
+        center, spread: `[F]`, of the tower's features while learning. The hidden states of some vision models
+            are ten times as large as a codebook's vectors: one learning rate would not fit both.
     """
 
     def __init__(
@@ -145,13 +148,31 @@ class WordAligner:
         """`[B, N, D]`: what the language model would be given of the pictures, seen from the words' mean."""
         entries = torch.stack([self.entries[place] for place in places]).to(self.device)
         half = self.recipe.mixed_precision == "bf16"
+        seen = (self.tower.look(entries).float() - self.center) / self.spread
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            projected = self.projector(self.tower.look(entries))
+            projected = self.projector(seen)
         return (projected.float() - self.mean) / self.length
+
+    @torch.no_grad()
+    def standardize(self) -> None:
+        """Show the projector every channel with mean 0 and deviation 1, until `fold`."""
+        entries = torch.stack([self.entries[place] for place in self.learned[:_SEEN_FIRST]]).to(self.device)
+        channels = self.tower.look(entries).float().flatten(0, 1)
+        self.center, deviation = channels.mean(0), channels.std(0)
+        self.spread = deviation.clamp(min=1e-3 * float(deviation.max()) + 1e-12)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Have the projector's first layer do what `standardize` did: it takes the features as they are again."""
+        layer = self.projector.linear_1
+        layer.weight /= self.spread
+        layer.bias -= layer.weight @ self.center
+        self.center, self.spread = torch.zeros_like(self.center), torch.ones_like(self.spread)
 
     def learn(self) -> dict[str, float]:
         """Train the projector; returns the last loss."""
         r, lots = self.recipe.words, np.random.default_rng(self.recipe.seed)
+        self.standardize()
         with torch.no_grad():
             self.projector.linear_2.bias.copy_(self.mean)
         scale = nn.Parameter(torch.tensor(math.log(10.0), device=self.device))
@@ -173,6 +194,7 @@ class WordAligner:
             schedule.step()
             if step % self.recipe.log_every == 0:
                 bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
+        self.fold()
         return {"word_loss": loss.item()}
 
     @torch.no_grad()
