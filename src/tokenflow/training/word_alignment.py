@@ -163,7 +163,7 @@ class WordAligner:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Have the projector's first layer do what `standardize` did: it takes the features as they are again."""
+        """Have the projector's first layer do what `standardize` did: it takes the features as they are."""
         layer = self.projector.linear_1
         layer.weight /= self.spread
         layer.bias -= layer.weight @ self.center
