@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from small_model import small_config
 from tokenflow import TextToImagePipeline, TokenFlowModel
+from tokenflow.checkpoints import released_folder
 from tokenflow.checkpoints.safe_load import CheckpointError
 from tokenflow.checkpoints.text_to_image import (
     REPORT_FILE,
@@ -231,6 +232,18 @@ def test_other_configurations_are_refused(released, image_tokenizer, tmp_path, c
     with pytest.raises(UserError, match=message) as caught:
         convert_text_to_image(folder, tmp_path / "out", image_tokenizer)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sentencepiece_file_names_the_package_that_reads_it(
+    released, image_tokenizer, tmp_path, monkeypatch
+):
+    folder = copy_with(released, tmp_path / "copy")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    monkeypatch.setattr(released_folder, "find_spec", lambda name: None)
+    with pytest.raises(
+        CheckpointError, match=r"as tokenizer\.model; to read that: pip install sentencepiece"
+    ):
+        convert_text_to_image(folder, tmp_path / "out", image_tokenizer)
 
 
 def test_damaged_folders(released, image_tokenizer, tmp_path):

@@ -7,6 +7,7 @@ code is run.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,19 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return content
+
+
+def check_text_tokenizer(folder: Path) -> None:
+    """Refuse a SentencePiece file that nothing here can read; transformers would ask for tiktoken instead.
+
+    Raises:
+        CheckpointError: the only tokenizer is a tokenizer.model, and sentencepiece is not installed.
+    """
+    slow = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if slow and find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{folder} has its text tokenizer as tokenizer.model; to read that: pip install sentencepiece"
+        )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

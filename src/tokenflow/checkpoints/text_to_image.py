@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflow.checkpoints.released_folder import read_json, read_weights
+from tokenflow.checkpoints.released_folder import check_text_tokenizer, read_json, read_weights
 from tokenflow.checkpoints.safe_load import CheckpointError, read_state_dict
 from tokenflow.checkpoints.tokenizer import REPORT_FILE, convert_state_dict
 from tokenflow.errors import UserError
@@ -285,6 +285,7 @@ def _text_tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    check_text_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenflow.checkpoints.released_folder import read_json, read_weights
+from tokenflow.checkpoints.released_folder import check_text_tokenizer, read_json, read_weights
 from tokenflow.checkpoints.safe_load import CheckpointError, read_state_dict
 from tokenflow.checkpoints.tokenizer import REPORT_FILE, convert_state_dict
 from tokenflow.errors import UserError
@@ -224,6 +224,7 @@ def _fit(folder: Path, weights: dict[str, Tensor], wanted: dict[str, list[int]])
 def _text_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    check_text_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
