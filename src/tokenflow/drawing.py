@@ -130,7 +130,10 @@ def generate(options: GenerateOptions) -> tuple[list[Path], list[str]]:
     check_writable(targets[0])
     pipe: Any = _pipeline_for(drawings, options.device)
     if options.compile:
-        pipe.model.compile_passes()
+        if pipe.device.type == "cuda":
+            pipe.model.capture_passes()
+        else:
+            pipe.model.compile_passes()
     if options.init_image is not None:
         kept = known_tokens(pipe, options.init_image, options.mask, options.keep_scales)
         drawings = [replace(drawing, known_codes=kept[0], known_mask=kept[1]) for drawing in drawings]

@@ -37,7 +37,8 @@ class CodeTable(Float32Module):
     def __init__(self, codebook_size: int, dim: int, scales: Sequence[int]):
         super().__init__()
         self.scales = list(scales)
-        self.register_buffer("codes", torch.zeros(codebook_size, dim))
+        self.register_buffer("codes", torch.zeros(codebook_size, dim, dtype=torch.float32))
+        self.known_set = False
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor) -> None:
@@ -62,7 +63,10 @@ class CodeTable(Float32Module):
 
     def check_set(self) -> None:
         """Raise UserError if no codes were ever set: a model without them learns and samples nonsense."""
-        if not self.codes.any():
+        if self.known_set:  # looking again would wait for the device, at each training step
+            return
+        self.known_set = bool(self.codes.any())
+        if not self.known_set:
             raise UserError("the model has no code vectors yet; call set_codebooks(tokenizer) first")
 
     def code_map(self, indices: Tensor, position: int) -> Tensor:

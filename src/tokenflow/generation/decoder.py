@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
@@ -24,13 +23,20 @@ from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 QK_NORM_EPS = 1e-6  # fixed in the released code, whatever rms_norm_eps is
 
 
+class RMSNorm(nn.RMSNorm):
+    """Llama's norm as one kernel: computed in float32, returned in the dtype of the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(LlamaAttention):
     """Llama's attention with query and key norms; the mask alone says who sees whom."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=QK_NORM_EPS)
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=QK_NORM_EPS)
+        self.q_norm = RMSNorm(self.head_dim, eps=QK_NORM_EPS)
+        self.k_norm = RMSNorm(self.head_dim, eps=QK_NORM_EPS)
         self.is_causal = False
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):  # type: ignore[override]
@@ -38,7 +44,7 @@ class Attention(LlamaAttention):
         q = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))  # autocast: float32
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         # Masks are boolean, so there is no eager attention here.
@@ -55,8 +61,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = Attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_feedforward_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, position_embeddings, attention_mask=None, past_key_values=None) -> Tensor:
         attended = self.self_attn(x, position_embeddings, attention_mask, past_key_values)
@@ -89,7 +95,7 @@ class Decoder(nn.Module):
         self.scale_embedding = nn.Embedding(len(config.scales) + 1, text.hidden_size)
         self.image_position_embedding = nn.Embedding(config.num_image_tokens, text.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(text, i) for i in range(text.num_hidden_layers))
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=text)
         self.offsets = [sum(s * s for s in self.scales[:k]) for k in range(len(self.scales) + 1)]
 
@@ -109,13 +115,12 @@ class Decoder(nn.Module):
     def embed_scales(self, features: Tensor, first: int) -> Tensor:
         """Features `[B, n, D]` of scale `first` and those after it to `[B, n, H]`."""
         start, n = self.offsets[first], features.shape[1]
-        sides = [self.scales[k] ** 2 for k in range(first, self.offsets.index(start + n))]
-        rows = torch.arange(first + 1, first + 1 + len(sides), device=features.device)
-        rows = rows.repeat_interleave(
-            torch.tensor(sides, dtype=torch.int64, device=features.device), output_size=n
-        )
+        # No index tensor: to make one would wait for the device, and could not be captured in a CUDA graph.
+        rows = self.scale_embedding.weight[first + 1 : self.offsets.index(start + n) + 1]
+        sides = self.scales[first : first + len(rows)]
+        scales = [row.expand(side**2, -1) for row, side in zip(rows, sides, strict=True)]
         x = self.visual_projector(features.to(self.visual_projector.linear_1.weight.dtype))
-        return x + self.scale_embedding(rows) + self.image_position_embedding.weight[start : start + n]
+        return x + torch.cat([rows[:0], *scales]) + self.image_position_embedding.weight[start : start + n]
 
     def embed_after(self, ids: Tensor) -> Tensor:
         """What follows the image: the zero vector left over by the shift, then text `[B, n]`."""

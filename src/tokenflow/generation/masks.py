@@ -8,6 +8,7 @@ in any order; nothing here knows how long a prompt is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +24,13 @@ class Segment(NamedTuple):
 
 
 def block_numbers(segments: Sequence[Segment], device: torch.device | str | None = None) -> Tensor:
-    """The block of each position, `[L]` int64, rising."""
+    """The block of each position, `[L]` int64, rising. Not to be changed: the same tensor is given again."""
+    return _block_numbers(tuple(segments), torch.device(device or "cpu"))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # whoever asks first: training may want it, too
+def _block_numbers(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
     steps = []
     for length, kind in segments:
         step = torch.ones(length, dtype=torch.int64)

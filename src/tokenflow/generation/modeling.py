@@ -31,11 +31,13 @@ from tokenflow.errors import UserError
 from tokenflow.generation.codes import CodeTable
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 from tokenflow.generation.decoder import Decoder
+from tokenflow.generation.graphs import GraphedPredictor
 from tokenflow.generation.masks import Segment, block_numbers, dense_mask, flex_mask
 from tokenflow.generation.predictor import CachedPredictor, UncachedPredictor, one_pass
 from tokenflow.generation.prompt import add_pad_token, marker_ids
 from tokenflow.generation.sampler import (
     KnownTokens,
+    NextScalePredictor,
     SamplingSettings,
     ScaleStep,
     sample_scales,
@@ -90,6 +92,7 @@ class TokenFlowForTextToImage(PreTrainedModel):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.full_vocab_size, bias=False)
         self.code_table = CodeTable(config.codebook_size, config.code_dim, config.scales)
         self.compiled_pass: Callable[..., Any] | None = None
+        self.graphed: dict[int, GraphedPredictor] | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -298,13 +301,27 @@ class TokenFlowForTextToImage(PreTrainedModel):
         Prompts are then padded to `max_text_tokens`, so that no later one of the same batch size changes a
         shape: nothing is compiled again. Tokens stay as they are, but where two codes are a rounding apart.
 
+        On a GPU `capture_passes` is ready sooner.
+
         Args:
-            options: of `torch.compile`. `mode="reduce-overhead"` captures the graphs as CUDA graphs; only
-                CPUs were at hand to test with, where it changes nothing.
+            options: of `torch.compile`. `mode="reduce-overhead"` captures the graphs as CUDA graphs.
         """
         graphs = 8 * len(self.config.scales)  # eight batch sizes; torch's own limit is fewer than the scales
         torch._dynamo.config.recompile_limit = max(graphs, torch._dynamo.config.recompile_limit)
         self.compiled_pass = torch.compile(one_pass, **{"dynamic": False, "fullgraph": True, **options})
+
+    def capture_passes(self) -> None:
+        """Capture the passes of cached sampling as CUDA graphs, each at its first use: seconds in all.
+
+        Prompts are then padded to `max_text_tokens`, and each batch size has graphs and a key-value cache of
+        its own, which are kept. The weights must stay where they are: call this again after moving the model.
+
+        Raises:
+            UserError: the model is not on a CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise UserError(f"CUDA graphs need a CUDA device; this model is on {str(self.device)!r}")
+        self.graphed = {}
 
     def stream_indices(
         self,
@@ -362,7 +379,6 @@ class TokenFlowForTextToImage(PreTrainedModel):
             raise UserError(f"give 1 or {rows} negative prompts, got {len(negative_input_ids)}")
         seeds = seeds_for(seed, rows)
         size = batch_size or (1 if self.device.type == "cpu" else rows)
-        kind = CachedPredictor if use_cache else UncachedPredictor
         for first in range(0, rows, size):
             part = slice(first, min(first + size, rows))
             prefixes = [(input_ids[part], attention_mask[part])]
@@ -370,8 +386,7 @@ class TokenFlowForTextToImage(PreTrainedModel):
                 negative = (negative_input_ids, cast(Tensor, negative_attention_mask))
                 ids, mask = (x.expand(rows, -1)[part] for x in negative)
                 prefixes.append((ids, mask))
-            width = self.image_start if self.compiled_pass is not None else 0
-            predictor = kind(self, *join_prefixes(prefixes, width))
+            predictor = self._predictor(prefixes, use_cache)
             given = None if known is None else known.of(part)
             steps = sample_scales(predictor, self.code_table, settings, seeds[part], given)
             for position, codes in enumerate(steps):
@@ -399,6 +414,16 @@ class TokenFlowForTextToImage(PreTrainedModel):
             if step.position == len(self.config.scales) - 1:
                 done.append(step.codes)
         return torch.cat(done)
+
+    def _predictor(self, prefixes: list[tuple[Tensor, Tensor]], use_cache: bool) -> NextScalePredictor:
+        if not use_cache:
+            return UncachedPredictor(self, *join_prefixes(prefixes))
+        if self.graphed is not None:
+            ids, real = join_prefixes(prefixes, self.image_start)
+            if len(ids) not in self.graphed:
+                self.graphed[len(ids)] = GraphedPredictor(self, len(ids))
+            return self.graphed[len(ids)].load(ids, real)
+        return CachedPredictor(self, *join_prefixes(prefixes, self.image_start if self.compiled_pass else 0))
 
     def visual_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the K codes only, float32: `[..., H]` to `[..., K]`."""

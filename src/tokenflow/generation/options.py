@@ -65,7 +65,8 @@ class GenerateOptions:
     batch_size: int = 8
     """Pictures at a time; changes the speed and the memory needed, not the pictures."""
     compile: bool = False
-    """Compile the language model first (torch.compile): minutes that pay off in many pictures."""
+    """Prepare the language model's passes first: on a GPU they are captured as CUDA graphs, in seconds; on a
+    CPU compiled (torch.compile), minutes that pay off in many pictures."""
 
     def check(self) -> None:
         """Raise UserError for prompts, labels, counts and passes that make no sense."""

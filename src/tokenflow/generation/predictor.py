@@ -92,14 +92,18 @@ class CachedPredictor:
         model: the language model.
         input_ids: `[R, P]` prefixes without columns of padding, see `modeling.cut_padding`.
         real: `[R, P]` bool, False at padding.
+        plain: whether nothing is padding, so that no mask is needed; None looks.
     """
 
-    def __init__(self, model: TokenFlowForTextToImage, input_ids: Tensor, real: Tensor):
+    def __init__(
+        self, model: TokenFlowForTextToImage, input_ids: Tensor, real: Tensor, plain: bool | None = None
+    ):
         self.model, self.input_ids, self.real = model, input_ids, real
         total = input_ids.shape[1] - 1 + model.config.num_image_tokens
         self.cache = ScaleCache(len(model.model.layers), total)
         # Without padding nothing is hidden from a later scale, and attention without a mask is faster.
-        plain = bool(real.all()) and model.compiled_pass is None
+        if plain is None:
+            plain = model.compiled_pass is None and bool(real.all())
         self.visible = None if plain else F.pad(real, (0, total - real.shape[1]), value=True)
         self.positions = 0
 

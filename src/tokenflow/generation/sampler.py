@@ -250,7 +250,7 @@ def likely_codes(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> tuple[Te
     """
     size = logits.shape[-1]
     k = min(top_k, size) if top_k else size
-    width = min(k + 1, size)
+    width = min(k + max(1, k // 8), size)  # in bfloat16 a few more than one are tied with the k-th
     values, codes = logits.topk(width)
     while width < size and bool((values[..., -1] == values[..., k - 1]).any()):  # more ties than were taken
         width = min(2 * width, size)
