@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import tyro
 
-Part = Literal["search", "images", "training", "text-to-image", "understanding"]
+Part = Literal["search", "images", "training", "text-to-image", "text-to-image-7b", "understanding"]
 
 
 @dataclass
@@ -34,13 +34,14 @@ def main(options: Options) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from benchmarks import images, measure, search, text_to_image, training, understanding
+    from benchmarks import images, measure, search, text_to_image, text_to_image_gpu, training, understanding
 
     torch.set_num_threads(options.threads)
     if options.processor_time:
         measure.count_processor_time()
     parts = {"search": search.run, "images": images.run, "training": training.run}
-    parts |= {"text-to-image": text_to_image.run, "understanding": understanding.run}
+    parts |= {"text-to-image": text_to_image.run, "text-to-image-7b": text_to_image_gpu.run}
+    parts |= {"understanding": understanding.run}
     console = Console()
     table = Table(title=f"{options.threads} threads, torch {torch.__version__}: ratios, higher is better")
     for column in ("what", "seconds", "ratio", "aim", "seen"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks import eager_baseline, measure, search, text_to_image, understanding
+from benchmarks import eager_baseline, measure, search, text_to_image, text_to_image_gpu, understanding
 
 from small_model import small_chat, small_config, small_language_model, small_words
 from tokenflow import TokenFlowModel
@@ -39,6 +39,25 @@ def test_sampling_with_and_without_a_cache_agrees():
     assert set(seconds) == {"ours", "plain"}
     assert equal > 0.99  # random weights have near ties, which rounding may turn
     assert positions["plain"] / positions["ours"] > 3.8
+
+
+def test_a_whole_picture_is_timed_from_its_prompt():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    pipe = text_to_image_gpu.build({**sizes, "vocab_size": 600}, small_config(), "cpu", torch.bfloat16)
+    kinds = {name.split(".")[0]: p.dtype for name, p in pipe.model.named_parameters()}
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert pipe.model.code_table.codes.dtype == torch.float32
+    rows = text_to_image_gpu.rows_for(pipe, batches=(1, 2), repeats=1)
+    assert [row.seconds["paper, A100"] for row in rows] == [2.7, 2.7]
+    assert "7 passes over" in rows[0].note
+    assert "4 rows of 2" in rows[1].note
+    assert rows[0].aim == pytest.approx(5.4)
+
+
+def test_without_a_gpu_the_large_model_is_skipped(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert text_to_image_gpu.run(repeats=1) == []
+    assert capsys.readouterr().err == "text-to-image-7b: skipped, there is no CUDA device\n"
 
 
 def test_both_chats_see_as_much_and_answer_at_the_same_length(small_model_folder):

@@ -10,7 +10,7 @@ rows, which takes a fraction of a second.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from tokenflow.generation.modeling import TokenFlowForTextToImage
 
 
-def capture(run: Callable[[], Tensor], pool: tuple[int, int] | None) -> Callable[[], Tensor]:
+def capture(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
     """`run` as a CUDA graph; what it returns is overwritten by the next replay.
 
     Args:
         run: reads and writes the same tensors at each call, and never waits for the device.
-        pool: memory that graphs share which are never replayed at the same time.
+        pool: memory that graphs share which are never replayed at the same time (`graph_pool_handle`).
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
