@@ -122,6 +122,27 @@ def test_a_lora_is_exported_as_it_learned(lora):
         torch.testing.assert_close(merged[name], tensor, msg=name)
 
 
+def test_text_is_kept_as_the_language_model_has_it(lora, tmp_path):
+    """Conversations without a picture pull back to the untouched model, not to their answers."""
+    text = tmp_path / "text.jsonl"
+    said = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "blue blue blue blue"}]
+    text.write_text(f"{json.dumps({'conversations': said})}\n" * 8)
+    stage = replace(lora.instruct, sources=(str(text),), steps=12)
+    learned = replace(lora, instruct=stage)
+    train_understanding(learned)
+    kept = replace(learned, lora=replace(lora.lora, keep=1.0), output_dir=f"{lora.output_dir}-kept")
+    done = train_understanding(kept)
+    losses = [[line["loss"] for line in log_of(run) if "loss" in line] for run in (learned, kept)]
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert max(losses[1]) < 1e-6  # nothing has moved away
+    assert not {name for name in changed(kept, done.export) if LANGUAGE_MODEL in name}
+    # From one that has learned the answers, back.
+    back = replace(kept, init_from=f"{learned.folder}/export", output_dir=f"{lora.output_dir}-back")
+    train_understanding(back)
+    losses = [line["loss"] for line in log_of(back) if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_conversations_are_learned_by_heart(lora):
     stage = replace(lora.instruct, steps=100, batch_size=8, lr=2e-2)
     whole = replace(lora, instruct=stage, lora=LoraRecipe(), export="whole", mixed_precision="bf16")

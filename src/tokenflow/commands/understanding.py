@@ -71,6 +71,7 @@ def questions(
     split: Literal["train", "val"] | None = None,
     seed: int = 0,
     limit: int = 600,
+    text: int = 0,
 ) -> None:
     """Make conversations to train on and questions to measure with out of captions and labels.
 
@@ -82,8 +83,16 @@ def questions(
         split: Only one of the two.
         seed: Of what is asked, and how.
         limit: About so many questions a task of val; half as many captions.
+        text: Also about so many questions without a picture, which the language model of tokenflow-tiny-chat
+            answers itself: text-train.jsonl, for stage instruct to keep what it knows (--lora.keep).
     """
     from tokenflow.data.questions import write_questions
 
-    for path, pictures, asked in write_questions(sets, output, split=split, seed=seed, limit=limit):
-        print(f"{path}: {pictures:,} rows, {asked:,} questions")
+    if sets or not text:
+        for path, pictures, asked in write_questions(sets, output, split=split, seed=seed, limit=limit):
+            print(f"{path}: {pictures:,} rows, {asked:,} questions")
+    if text:
+        from tokenflow.understanding.own_answers import write_texts
+
+        file = output / "text-train.jsonl"
+        print(f"{file}: {write_texts(file, text, seed):,} questions")

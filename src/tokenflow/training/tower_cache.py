@@ -12,8 +12,10 @@ What is notable:
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tokenflow.tokenizer.modeling import TokenFlowModel
 from tokenflow.tokenizer.token_file import tokenizer_fingerprint
 from tokenflow.training.understanding_data import picture_name
 
-_BATCH, _PART = 32, 4096  # pictures at a time, and in a file
+_BATCH, _BATCH_ON_GPU, _PART = 32, 256, 4096  # pictures at a time, and in a file
 Place = tuple[int, int]  # file, row in it
 
 
@@ -41,12 +43,13 @@ class TowerCache:
     Args:
         folder: holds a folder for each tower and image processor, of parts with `keys` `[n, 16]` uint8 and
             `values` `[n, ...]`.
-        model, processor: of the chat model, whose tower is asked.
+        model, processor: of the chat model, whose tower is asked, on a GPU if there is one.
     """
 
     def __init__(self, folder: str | Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor):
         self.tower, self.processor = model.model.vision_tower, processor.image_processor
         self.config: Any = model.config
+        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.folder = Path(folder) / tower_fingerprint(self.tower, self.processor, self.config)[:32]
         self.parts: list[Tensor] = []
         self.places: dict[bytes, Place] = {}
@@ -65,49 +68,70 @@ class TowerCache:
     def encode(self, data: Sequence[Conversations], rows: Sequence[tuple[int, int]]) -> None:
         """Have entries for all pictures of some rows, each a source and its row; `broken` says which have a
         picture that cannot be read, and what is wrong with it."""
-        waiting: dict[bytes, Tensor] = {}
         made: dict[bytes, Tensor] = {}
-        for source, row in tqdm(rows, desc="looking at pictures", unit="row", mininterval=1.0):
-            try:
-                self.of_row[source, row] = [
-                    self._key(image, picture_name(data[source], row, image), made, waiting)
-                    for image in data[source].images(row)
-                ]
-            except ImageError as error:
-                self.broken[source, row] = str(error)
-            if len(waiting) >= _BATCH:
-                made |= self._values(waiting)
-            if len(made) >= _PART:
-                self._keep(made)
-        if waiting:
-            made |= self._values(waiting)
+        size = _BATCH if self.device.type == "cpu" else _BATCH_ON_GPU
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as readers,
+            tqdm(total=len(rows), desc="looking at pictures", unit="row", mininterval=1.0) as bar,
+        ):
+            for start in range(0, len(rows), size):
+                some = rows[start : start + size]
+                waiting = self._new_pictures(data, some, made, readers)
+                if waiting:
+                    made |= self._values(waiting)
+                if len(made) >= _PART:
+                    self._keep(made)
+                bar.update(len(some))
         if made:
             self._keep(made)
 
-    def _key(self, image: Any, name: str, made: dict[bytes, Tensor], waiting: dict[bytes, Tensor]) -> bytes:
-        """The key of a picture; one that is new is opened and waits for the tower."""
-        try:
-            encoded = image.read_bytes() if isinstance(image, Path) else bytes(image)
-        except OSError as error:
-            raise ImageError(f"cannot read image {name}: {error.strerror or error}") from error
-        key = hashlib.sha256(encoded).digest()[:16]
-        if key not in self.places and key not in made and key not in waiting:
-            pixels = self.processor(read_image(encoded, name=name), return_tensors="pt")["pixel_values"]
-            waiting[key] = pixels[0]
-        return key
+    def _new_pictures(
+        self,
+        data: Sequence[Conversations],
+        rows: Sequence[tuple[int, int]],
+        made: dict[bytes, Tensor],
+        readers: ThreadPoolExecutor,
+    ) -> dict[bytes, Tensor]:
+        """The pictures `[3, H, W]` of some rows that have no entry, by key; sets `of_row` and `broken`."""
+        opening: dict[bytes, Future[Tensor]] = {}
+        for source, row in rows:
+            keys = []
+            try:
+                for image in data[source].images(row):
+                    name = picture_name(data[source], row, image)
+                    encoded = _encoded(image, name)
+                    keys.append(key := hashlib.sha256(encoded).digest()[:16])
+                    if key not in self.places and key not in made and key not in opening:
+                        opening[key] = readers.submit(self._opened, encoded, name)
+                self.of_row[source, row] = keys
+            except ImageError as error:
+                self.broken[source, row] = str(error)
+        waiting = {key: future.result() for key, future in opening.items() if future.exception() is None}
+        for source, row in rows:
+            failed = [
+                key for key in self.of_row.get((source, row), ()) if key in opening and key not in waiting
+            ]
+            if failed:
+                try:
+                    opening[failed[0]].result()
+                except ImageError as error:
+                    del self.of_row[source, row]
+                    self.broken[source, row] = str(error)
+        return waiting
+
+    def _opened(self, encoded: bytes, name: str) -> Tensor:
+        return self.processor(read_image(encoded, name=name), return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
     def _values(self, waiting: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
-        pixels = torch.stack(list(waiting.values())).to(self.tower.device)
-        tower: Any = self.tower
+        tower: Any = self.tower.to(self.device)
+        pixels = torch.stack(list(waiting.values())).to(self.device)
         if isinstance(tower, TokenFlowModel):
-            values = tower.encode(pixels).indices
+            values = tower.encode(pixels).indices.cpu()
             values = values.to(torch.uint16 if tower.config.codebook_size <= 2**16 else torch.int32)
         else:
-            values = chosen_features(tower, self.config, pixels).half()
-        keys = list(waiting)
-        waiting.clear()
-        return dict(zip(keys, values.cpu(), strict=True))
+            values = chosen_features(tower, self.config, pixels).half().cpu()
+        return dict(zip(waiting, values, strict=True))
 
     def _keep(self, made: dict[bytes, Tensor]) -> None:
         keys = torch.tensor([list(key) for key in made], dtype=torch.uint8)
@@ -121,6 +145,13 @@ class TowerCache:
         for place, key in enumerate(part["keys"].numpy()):
             self.places[key.tobytes()] = (len(self.parts), place)
         self.parts.append(part["values"])
+
+
+def _encoded(image: Any, name: str) -> bytes:
+    try:
+        return image.read_bytes() if isinstance(image, Path) else bytes(image)
+    except OSError as error:
+        raise ImageError(f"cannot read image {name}: {error.strerror or error}") from error
 
 
 def tower_fingerprint(tower: PreTrainedModel, processor: Any, config: Any) -> str:

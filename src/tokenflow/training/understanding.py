@@ -5,6 +5,7 @@ What is notable:
   (`understanding_data`), and the callbacks that all our runs share;
 - the head reads only the positions before a label: the logits of all others are never made;
 - the loss is the mean over all labels of an optimizer step, whatever the parts that a step is made in;
+- conversations without a picture can hold the language model to what it knew: to its words without LoRA;
 - with a cache the vision tower runs once a picture, not once a step, and for no picture that the steps leave
   out; what does not learn is in bfloat16;
 - a run started again goes on from its newest complete checkpoint and sees the batches that would have come.
@@ -50,7 +51,7 @@ from tokenflow.training.understanding_data import (
     PicturePixels,
     open_conversations,
 )
-from tokenflow.training.understanding_models import Chat, build_chat
+from tokenflow.training.understanding_models import Chat, build_chat, without_lora
 from tokenflow.training.understanding_recipe import UnderstandingRecipe
 from tokenflow.training.word_alignment import align_to_words, word_rows
 
@@ -232,9 +233,18 @@ class UnderstandingTrainer(Trainer):
         else:
             inputs["pixel_values"] = seen.vision_tower.look(pixels)
         inputs |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}  # all that was seen
-        logits = model(**inputs, logits_to_keep=learned, use_cache=False).logits.float()
+        inputs |= {"logits_to_keep": learned, "use_cache": False}
+        logits = model(**inputs).logits.float()
+        if pixels is None and self.chat.lora is not None and self.recipe.lora.keep:
+            return self.recipe.lora.keep * self._divergence(model, inputs, logits), len(logits)
         total = F.cross_entropy(logits, targets[learned], reduction="sum")
         return total, len(logits)
+
+    def _divergence(self, model: Any, inputs: dict[str, Any], logits: Tensor) -> Tensor:
+        """KL of the language model's words from those of the untouched one, added up over the labels."""
+        with torch.no_grad(), without_lora(self.chat.model):
+            before = model(**inputs).logits.float().log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), before, reduction="sum", log_target=True)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -337,6 +347,7 @@ def training_arguments(recipe: UnderstandingRecipe) -> TrainingArguments:
         torch_compile=recipe.compile,
         deepspeed=recipe.deepspeed,
         logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # would wait for the GPU at every step
         eval_strategy="steps" if stage.eval_sources else "no",
         eval_steps=recipe.eval_every,
         save_steps=recipe.checkpoint_every,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,21 @@ def add_lora(model: LlavaForConditionalGeneration, recipe: LoraRecipe) -> Any:
             # Autocast casts where it must; to float32 and back costs a tenth of a step (measured).
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
     return settings
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Within, the model answers as it did before its LoRA; gradients must be off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters` would turn gradients off and on, too
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def keep_half(model: nn.Module) -> None:

@@ -41,6 +41,9 @@ class LoraRecipe:
     """linear layers that get one"""
     lr: float = 2e-4
     """their full learning rate"""
+    keep: float = 0.0
+    """conversations without a picture: times this, the divergence from the language model's own words before
+    training (KL) is their loss, so that it keeps what it knows; 0: their answers are learned like others"""
 
 
 @dataclass(frozen=True)

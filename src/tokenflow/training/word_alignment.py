@@ -47,6 +47,7 @@ _DISTANCE, _LENGTH = 1.7, 0.3  # weights beside the contrastive loss
 _EQUAL = 0.99  # cosine of two targets that are one
 _HELD_OUT = 1000  # rows at most that are measured on
 _SEEN_FIRST = 256  # pictures that mean and deviation of the features are taken from
+_AT_ONCE = 50  # pictures measured at a time
 _NAME = 3  # words at most of an answer that is a name
 
 
@@ -207,7 +208,8 @@ class WordAligner:
         if not asked:
             return {}
         right = torch.tensor([number[self.answers[place]] for place in asked], device=self.device)
-        means = torch.cat([self.features([place]).mean(1) for place in asked])
+        parts = [asked[start : start + _AT_ONCE] for start in range(0, len(asked), _AT_ONCE)]
+        means = torch.cat([self.features(part).mean(1) for part in parts])
         similar = means @ F.normalize(self.targets([first[name] for name in names]), dim=-1).T
         hits = similar.topk(min(5, len(names))).indices == right[:, None]
         top1, top5 = hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
