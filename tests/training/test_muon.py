@@ -22,6 +22,13 @@ def test_orthogonalized_matrices_keep_their_directions_and_lose_their_scale(shap
     assert cosine > 0.97
 
 
+def test_matrices_of_one_shape_are_orthogonalized_as_each_alone():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 16, 40) * torch.tensor([1.0, 1e-3, 30.0])[:, None, None]
+    alone = torch.stack([orthogonalize(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonalize(matrices), alone, rtol=0, atol=2e-2)  # bfloat16 inside
+
+
 def test_linear_layers_agree_with_torchs_muon():
     torch.manual_seed(0)
     ours = nn.Linear(24, 12, bias=False)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -167,14 +169,15 @@ def test_crops_stay_inside_and_treat_pictures_and_maps_alike():
 
 def test_an_epoch_shows_each_picture_once_over_all_processes(recipe, cache):
     two = dataclasses.replace(recipe, batch_size=5)
-    ranks = [teacher.Batches(two, cache, rank, 2) for rank in range(2)]
+    classifier = load_classifier(recipe.classifier)
+    ranks = [teacher.Batches(two, cache, classifier, rank, 2) for rank in range(2)]
     assert sorted(np.concatenate([r.rows(3) for r in ranks])) == list(range(10))
     assert not np.array_equal(ranks[0].rows(3), ranks[0].rows(4))
 
 
 def test_batches_repeat_and_pair_pictures_with_their_texts(recipe, cache):
-    batches, classifier = teacher.Batches(recipe, cache), load_classifier(recipe.classifier)
-    batch, again = batches(1, 0.5, classifier), batches(1, 0.5, classifier)
+    batches = teacher.Batches(recipe, cache, load_classifier(recipe.classifier))
+    batch, again = batches(1, 0.5), batches(1, 0.5)
     assert torch.equal(batch["pixel_values"], again["pixel_values"])
     assert batch["kept"].shape == (5, 8)
     assert batch["features"].shape == (5, 16, 320)
@@ -188,9 +191,52 @@ def test_batches_repeat_and_pair_pictures_with_their_texts(recipe, cache):
     assert sorted(seen) == list(range(5))
 
 
+def test_live_targets_are_of_the_very_crops_that_the_tower_sees(recipe, cache, tmp_path):
+    live = dataclasses.replace(recipe, live_targets=True, output_dir=str(tmp_path))
+    fresh = build_cache(live)
+    assert fresh.features is None
+    classifier = load_classifier(recipe.classifier)
+    batch = teacher.Batches(live, fresh, classifier)(1, 0.0)
+    crops = torch.nn.functional.interpolate(batch["pixel_values"], (224, 224), mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(crops), batch["logits"], atol=0.02, rtol=0.02)
+    assert batch["features"].shape == (5, 16, 320)
+    assert sum(len(rows) for rows, _, _ in batch["banks"]) == 5
+
+
+def test_mixed_crops_have_no_text(recipe, cache):
+    mixed = dataclasses.replace(recipe, live_targets=True, mix=1.0)
+    batches = teacher.Batches(mixed, cache, load_classifier(recipe.classifier))
+    batch, pure = batches(1, 0.0), teacher.Batches(recipe, cache, batches.classifier)(1, 0.0)
+    assert batch["banks"] == []
+    assert not torch.allclose(batch["pixel_values"], pure["pixel_values"])
+    assert torch.isfinite(teacher.TeacherObjective(teacher.build_model(recipe, 16), 320)(**batch)["text"])
+    with pytest.raises(UserError, match="needs live_targets"):
+        dataclasses.replace(recipe, mix=0.5)
+
+
+def test_kept_text_vectors_replace_the_text_encoder(recipe, cache, tmp_path):
+    (kept,) = Path(recipe.output_dir).glob("texts-*.safetensors")
+    shutil.copy(kept, tmp_path)
+    gone = str(tmp_path / "not-there" / Path(recipe.text_encoder).name)
+    again = build_cache(dataclasses.replace(recipe, output_dir=str(tmp_path), text_encoder=gone))
+    assert torch.equal(again.classifier_texts, cache.classifier_texts)
+
+
+def test_training_starts_from_an_exported_tower(recipe, cache, tmp_path):
+    model, other = (teacher.build_model(recipe, 16) for _ in range(2))
+    teacher.export_teacher(model, cache.sources, tmp_path / "export")
+    teacher.load_start(other, str(tmp_path / "export"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"nowhere: no model\.safetensors"):
+        teacher.load_start(other, str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="size mismatch"):
+        teacher.load_start(teacher.build_model(recipe, 24), str(tmp_path / "export"))
+
+
 def test_one_batch_can_be_learned(recipe, cache):
     torch.manual_seed(0)
-    batch = teacher.Batches(recipe, cache)(0, 0.0, load_classifier(recipe.classifier))
+    batch = teacher.Batches(recipe, cache, load_classifier(recipe.classifier))(0, 0.0)
     objective = teacher.TeacherObjective(teacher.build_model(recipe, 16), 320)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []

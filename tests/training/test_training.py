@@ -57,6 +57,9 @@ class SameBatch:
     def __next__(self):
         return self.batch
 
+    def state_dict(self):
+        return {}
+
 
 # ------------------------------------------------------------------------------------------------- it learns
 def test_one_batch_is_learned_by_heart(files):
@@ -267,6 +270,16 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert rates[104] == pytest.approx(0.1)
     constant = replace(run, optimizer=replace(optimizer, schedule="constant"))
     assert {lr_factor(step, constant) for step in range(4, 104)} == {1.0}
+
+
+def test_a_cosine_may_follow_the_clock():
+    optimizer = OptimizerRecipe(schedule="cosine-minutes", warmup_steps=1, final_lr=0.1)
+    run = TrainRecipe(optimizer=optimizer, max_minutes=2.0)
+    assert lr_factor(0, run, 0.0) == pytest.approx(0.5)
+    assert lr_factor(7, run, 60.0) == pytest.approx(0.55)
+    assert lr_factor(7, run, 500.0) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="needs max_minutes"):
+        TrainRecipe(optimizer=optimizer)
 
 
 def test_the_average_forgets_its_start_and_can_be_put_in_and_out():

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -105,8 +105,9 @@ def nearest_code(
         queries: `[N, D]`, any floating dtype, cast to fp32; autocast does not act here. N may be 0.
         codes: `[K, D]`, or the result of `prepare_codes` where many searches share a codebook.
         bias: `[K]` or None; given to `prepare_codes` instead when that is used.
-        backend: "auto" is "triton" on CUDA where Triton is installed, else "blocked". "faiss" needs the extra
-            of that name and a CPU. "dense" is the oracle of the tests: slow, and limited in size.
+        backend: "auto" is what the environment variable TOKENFLOW_NEAREST names, or else "triton" on CUDA
+            where Triton is installed, "blocked" elsewhere. "faiss" needs the extra of that name and a CPU.
+            "dense" is the oracle of the tests: slow, and limited in size.
 
     Returns:
         `[N]` int64 on the device of the queries, the lowest index among equal scores. A query with a NaN or
@@ -143,7 +144,8 @@ def _search(queries: Tensor, codes: PreparedCodes, backend: Backend) -> Tensor:
         queries = torch.nn.functional.pad(queries, (0, 1), value=1.0)
     queries = queries.contiguous()
     if backend == "auto":
-        backend = "triton" if queries.is_cuda and _has_triton() else "blocked"
+        default = "triton" if queries.is_cuda and _has_triton() else "blocked"
+        backend = cast(Backend, os.environ.get("TOKENFLOW_NEAREST", default))
     if backend == "blocked":
         return _blocked(queries, codes)
     if backend == "dense":

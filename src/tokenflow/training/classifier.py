@@ -102,6 +102,11 @@ class EfficientNetLite(nn.Module):
         self._bn1 = _norm(1280)
         self._fc = nn.Linear(1280, num_classes)
 
+    @property
+    def channels(self) -> int:
+        """Channels of a `trunk` map."""
+        return self._conv_head.in_channels
+
     def trunk(self, pixel_values: Tensor) -> Tensor:
         """Bottleneck features [B, 320, H/32, W/32] (Lite2: 352) of `pixel_values` [B, 3, H, W] in [-1, 1]."""
         x = pixel_values * (127.5 / 128) + 0.5 / 128  # the network was trained on (uint8 - 127) / 128

@@ -11,6 +11,7 @@ import logging
 import random
 import time
 import warnings
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,10 @@ class Trainer:
             world_size=world,
         )
 
+        # The loader runs a batch ahead on a GPU; a checkpoint needs its place after the last batch used.
+        self.ahead: deque[tuple[Tensor, dict[str, Any]]] = deque()
+        self.loader_state = self.loader.state_dict()
+
         pictures = recipe.data.sample_sources or recipe.data.sources
         self.pictures = sample_pictures([parse_source(text) for text in pictures], config.image_size)
 
@@ -189,7 +194,10 @@ class Trainer:
             dynamic_ncols=True,
         )
         earlier, saved, logged, last_log = self.seconds, self.step, self.step, started
-        with StopRequest(recipe.max_minutes) as stop:
+        minutes = recipe.max_minutes
+        if minutes is not None and recipe.optimizer.schedule == "cosine-minutes":
+            minutes = max(0.0, minutes - self.seconds / 60)  # of the whole run
+        with StopRequest(minutes) as stop:
             while self.step < recipe.steps and stop.reason is None:
                 self.train_step()
                 self.seconds = earlier + time.monotonic() - started
@@ -222,12 +230,16 @@ class Trainer:
         pairs: list[tuple[Tensor, Tensor]] = []
         logs: dict[str, Tensor] = {}
         for part in range(parts):
-            images = next(self.loader)["pixel_values"].to(self.device, non_blocking=True)
+            if not self.ahead:
+                self.fetch()
+            images, self.loader_state = self.ahead.popleft()
             with self.accelerator.no_sync(self.generator) if part + 1 < parts else nullcontext():
                 loss, values, reconstruction = self.generator(images, self.step)
                 self.accelerator.backward(loss / parts)
             pairs.append((images, reconstruction.detach()))
             add_to(logs, {"total": loss, **values}, 1 / parts)
+            if self.device.type != "cpu":  # copied while the device is busy with this batch
+                self.fetch()
         norm = self.accelerator.clip_grad_norm_(parameters_of(self.optimizer), recipe.optimizer.clip)
         finite = self.gate(self.optimizer, norm)
         if finite:
@@ -249,8 +261,14 @@ class Trainer:
             for name, value in logs.items():
                 self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
 
+    def fetch(self) -> None:
+        batch = next(self.loader)["pixel_values"]
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        self.ahead.append((batch.to(self.device, non_blocking=True), self.loader.state_dict()))
+
     def set_learning_rate(self) -> None:
-        o, factor = self.recipe.optimizer, lr_factor(self.step, self.recipe)
+        o, factor = self.recipe.optimizer, lr_factor(self.step, self.recipe, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * ((o.muon_lr or 0.0) if group.get("muon") else o.lr)
         if self.discriminator is not None:
@@ -361,7 +379,7 @@ class Trainer:
         """Write everything that the next step depends on, and the model to use."""
         own: dict[str, Any] = {
             "random": checkpointing.random_state(),
-            "loader": self.loader.state_dict(),
+            "loader": self.loader_state,
             "sums": {name: value.cpu() for name, value in self.sums.items()},
         }
         processes = gather_object([own])
@@ -435,6 +453,8 @@ class Trainer:
         self.average.load(load_file(folder / "export" / "model.safetensors"), progress["average_updates"])
         own = checkpointing.load_torch(folder / "processes.pt")[self.accelerator.process_index]
         self.loader.load_state_dict(own["loader"])
+        self.ahead.clear()
+        self.loader_state = own["loader"]
         checkpointing.set_random_state(own["random"])
         self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
         self.step, self.seconds = progress["step"], progress["seconds"]

@@ -21,16 +21,16 @@ from tokenflow.training.averaging import sharded_like, whole
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of `[m, n]`, computed in bfloat16."""
+def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """About U V^T of the singular value decompositions U S V^T of `[..., m, n]`, computed in bfloat16."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16()
-    wide = x if x.shape[0] <= x.shape[1] else x.T
-    wide = wide / wide.norm().clamp(min=1e-7)
+    x = matrices.bfloat16()
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
     for _ in range(rounds):
-        gram = wide @ wide.T
+        gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return (wide if x.shape[0] <= x.shape[1] else wide.T).to(matrix.dtype)
+    return (wide if x.shape[-2] <= x.shape[-1] else wide.mT).to(matrices.dtype)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -55,25 +55,29 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = every
         for group in every:
             if group.get("muon"):
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._muon_step(parameter, group["lr"], group["weight_decay"])
+                self._muon_step([p for p in group["params"] if p.grad is not None], group)
         return loss
 
-    def _muon_step(self, parameter: nn.Parameter, lr: float | Tensor, weight_decay: float) -> None:
-        assert parameter.grad is not None
-        gradient, state = parameter.grad, self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())  # AdamW looks for it when it loads a state
-            state["momentum"] = torch.zeros_like(gradient)
-        state["step"] += 1
-        state["momentum"].lerp_(gradient, 1 - self.momentum)
-        # A matrix that FSDP2 sharded is gathered: each process orthogonalises it, and keeps its part.
-        update = whole(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
-        scale = 0.2 * math.sqrt(max(update.shape))
-        direction = sharded_like(orthogonalize(update).view(parameter.shape), parameter)
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.sub_(direction * (lr * scale))
+    def _muon_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        # Matrices of one shape are orthogonalised together: small products would leave a GPU idle.
+        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter in parameters:
+            gradient, state = parameter.grad, self.state[parameter]
+            assert gradient is not None
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW looks for it when it loads a state
+                state["momentum"] = torch.zeros_like(gradient)
+            state["step"] += 1
+            state["momentum"].lerp_(gradient, 1 - self.momentum)
+            # A matrix that FSDP2 sharded is gathered: each process orthogonalises it, and keeps its part.
+            update = whole(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
+            alike.setdefault(update.shape, []).append((parameter, update))
+        for shape, pairs in alike.items():
+            scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            directions = orthogonalize(torch.stack([update for _, update in pairs])) * scale
+            for (parameter, _), direction in zip(pairs, directions, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(sharded_like(direction.view(parameter.shape), parameter))
 
 
 def muon_groups(

@@ -16,15 +16,24 @@ from accelerate import Accelerator
 from tokenflow.training.recipe import TrainRecipe
 
 
-def lr_factor(step: int, recipe: TrainRecipe) -> float:
-    """The learning rate of optimizer step `step` (from 0) as a share of the full rate."""
+def lr_factor(step: int, recipe: TrainRecipe, seconds: float = 0.0) -> float:
+    """The learning rate of optimizer step `step` (from 0) as a share of the full rate.
+
+    Args:
+        seconds: that the run has taken so far, for a cosine over `recipe.max_minutes`.
+    """
     o = recipe.optimizer
-    if step < o.warmup_steps:
-        return (step + 1) / (o.warmup_steps + 1)
-    if o.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - o.warmup_steps) / max(1, recipe.steps - o.warmup_steps))
-    return o.final_lr + (1 - o.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    warmup = min(1.0, (step + 1) / (o.warmup_steps + 1))
+    if o.schedule == "cosine-minutes":  # the warm-up takes no part: nobody knows its seconds beforehand
+        return warmup * cosine(seconds / (60 * (recipe.max_minutes or math.inf)), o.final_lr)
+    if warmup < 1.0 or o.schedule == "constant":
+        return warmup
+    return cosine((step - o.warmup_steps) / max(1, recipe.steps - o.warmup_steps), o.final_lr)
+
+
+def cosine(progress: float, final: float) -> float:
+    """From 1 at progress 0 to `final` at progress 1 and beyond."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 # What may change from one invocation of a run to the next without another course of the training.

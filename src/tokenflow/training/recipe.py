@@ -98,8 +98,8 @@ class OptimizerRecipe:
     """AdamW's"""
     clip: float = 1.0
     """largest gradient norm, of the tokenizer and of the discriminator each"""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """of the learning rate after warm-up; the cosine ends at the last of `steps`"""
+    schedule: Literal["constant", "cosine", "cosine-minutes"] = "constant"
+    """of the learning rate after warm-up; a cosine ends at the last of `steps`, or after `max_minutes`"""
     warmup_steps: int = 0
     """steps over which the rate rises to `lr`"""
     final_lr: float = 0.0
@@ -122,7 +122,8 @@ class TrainRecipe:
     steps: int = 100_000
     """optimizer steps in all; a finished run goes on if this is raised"""
     max_minutes: float | None = None
-    """stop this invocation, with a checkpoint, after so many minutes; start it again to go on"""
+    """stop this invocation, with a checkpoint, after so many minutes; start it again to go on, unless
+    optimizer.schedule is "cosine-minutes": then the whole run ends here"""
     seed: int = 0
     """of weights, data order, crops and scale drop"""
     mixed_precision: Literal["no", "bf16"] = "bf16"
@@ -146,3 +147,5 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self)
+        if self.optimizer.schedule == "cosine-minutes" and not self.max_minutes:
+            raise UserError('optimizer.schedule="cosine-minutes" needs max_minutes, where the cosine ends')

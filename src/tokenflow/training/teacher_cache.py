@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from tokenflow.data.crops import center_crop
 from tokenflow.data.images import read_image
 from tokenflow.errors import UserError
+from tokenflow.files import atomic_write
 from tokenflow.training.classifier import load_classifier
 from tokenflow.training.teacher_recipe import TeacherRecipe
 
@@ -48,10 +50,11 @@ class Source:
 
 @dataclass
 class TeacherCache:
-    """images uint8 [N, 3, S, S]; features fp16 [N, C, h, w] of the classifier; one `Source` per pack."""
+    """images uint8 [N, 3, S, S]; features fp16 [N, C, h, w] of the classifier, None with live targets; one
+    `Source` per pack."""
 
     images: np.ndarray
-    features: np.ndarray
+    features: np.ndarray | None
     sources: list[Source]
     classifier_texts: Tensor
 
@@ -78,18 +81,34 @@ def embed_texts(text_encoder: str, texts: list[str], batch_size: int = 256) -> T
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(text_encoder)
-    model = AutoModel.from_pretrained(text_encoder).eval()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = AutoModel.from_pretrained(text_encoder, dtype=torch.float32).eval().to(device)
     # Sorting by length saves most of the padding.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     vectors = torch.empty(len(texts), model.config.hidden_size)
     for start in tqdm(range(0, len(order), batch_size), desc="texts", disable=len(order) <= batch_size):
         chosen = order[start : start + batch_size]
         tokens = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, return_tensors="pt")
+        tokens = tokens.to(device)
         mask = tokens["attention_mask"].unsqueeze(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             hidden = model(**tokens).last_hidden_state.float()
-        vectors[chosen] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        vectors[chosen] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
     return vectors
+
+
+def text_vectors(recipe: TeacherRecipe, texts: list[str]) -> Tensor:
+    """`embed_texts` kept in half precision in `OUTPUT/texts-HASH.safetensors`.
+
+    A run that finds the file needs no text encoder; its name depends on the encoder's and the texts only.
+    """
+    key = json.dumps([Path(recipe.text_encoder).name, texts])
+    file = Path(recipe.output_dir) / f"texts-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    if not file.exists():
+        vectors = embed_texts(recipe.text_encoder, texts)
+        with atomic_write(file) as temporary:
+            save_file({"texts": vectors.half()}, temporary)
+    return F.normalize(load_file(file)["texts"].float(), dim=-1)
 
 
 def _batches(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -129,32 +148,40 @@ def _write_images_and_texts(recipe: TeacherRecipe, folder: Path) -> None:
         folder / "images.npy", mode="w+", dtype=np.uint8, shape=(count, 3, size, size)
     )
     sources: list[dict] = []
+    texts: dict[str, list[list[str]]] = {}
     tensors: dict[str, Tensor] = {}
     start = 0
     for path, rows in zip(recipe.packs, packs, strict=True):
         name = Path(path).name
-        for i, row in enumerate(tqdm(rows, desc=name)):
-            images[start + i] = read_square(row["bytes"], size)
+        with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
+            squares = pool.map(lambda row: read_square(row["bytes"], size), rows)
+            for i, square in enumerate(tqdm(squares, total=len(rows), desc=name)):
+                images[start + i] = square
         ids: list[int] = []
         names: list[str] = []
         if rows[0]["label_name"] is not None:
             classes = {row["label"]: row["label_name"] for row in rows}
             ids = sorted(classes)  # a pack may lack some of its classes
             names = [classes[i] for i in ids]
-            texts = embed_texts(recipe.text_encoder, [PROMPT.format(n) for n in names])[:, None]
-            labels = torch.tensor([ids.index(row["label"]) for row in rows])
+            texts[name] = [[PROMPT.format(n)] for n in names]
+            place = {label: i for i, label in enumerate(ids)}
+            labels = torch.tensor([place[row["label"]] for row in rows])
         else:
             per_image = min(len(row["captions"]) for row in rows)
-            flat = [c for row in rows for c in row["captions"][:per_image]]
-            texts = embed_texts(recipe.text_encoder, flat).view(len(rows), per_image, -1)
+            texts[name] = [row["captions"][:per_image] for row in rows]
             labels = torch.arange(len(rows))
         sources.append(
             {"name": name, "start": start, "stop": start + len(rows), "class_ids": ids, "class_names": names}
         )
-        tensors |= {f"{name}.texts": texts.contiguous(), f"{name}.labels": labels}
+        tensors[f"{name}.labels"] = labels
         start += len(rows)
     prompts = [PROMPT.format(n) for n in classifier_class_names(recipe.classifier_names)]
-    tensors["classifier_texts"] = embed_texts(recipe.text_encoder, prompts)
+    flat = [text for group in texts.values() for several in group for text in several]
+    vectors = text_vectors(recipe, [*flat, *prompts])
+    for name, group in texts.items():
+        own, vectors = vectors.split([len(group) * len(group[0]), len(vectors) - len(group) * len(group[0])])
+        tensors[f"{name}.texts"] = own.view(len(group), len(group[0]), -1).contiguous()
+    tensors["classifier_texts"] = vectors.contiguous()
     images.flush()
     save_file(tensors, folder / "texts.safetensors")
     (folder / "sources.json").write_text(json.dumps(sources))
@@ -176,10 +203,13 @@ def build_cache(
             folder.mkdir(parents=True, exist_ok=True)
             _write_images_and_texts(recipe, folder)
         barrier()
+        if recipe.live_targets:
+            return _open(folder)
         images = np.load(folder / "images.npy", mmap_mode="r")
         if rank == 0 and not (folder / "features.npy").exists():
-            side = load_classifier(recipe.classifier).image_size // 32
-            shape = (len(images), 320, side, side)
+            classifier = load_classifier(recipe.classifier)
+            side = classifier.image_size // 32
+            shape = (len(images), classifier.channels, side, side)
             np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float16, shape=shape)
         barrier()
         if not features_done.exists():
@@ -192,14 +222,18 @@ def build_cache(
             features_done.touch()
         barrier()
         all_done.touch()
-    tensors = load_file(folder / "texts.safetensors")
+    return _open(folder)
+
+
+def _open(folder: Path) -> TeacherCache:
+    tensors, features = load_file(folder / "texts.safetensors"), folder / "features.npy"
     sources = [
         Source(**s, texts=tensors[f"{s['name']}.texts"], labels=tensors[f"{s['name']}.labels"])
         for s in json.loads((folder / "sources.json").read_text())
     ]
     return TeacherCache(
         np.load(folder / "images.npy", mmap_mode="r"),
-        np.load(folder / "features.npy", mmap_mode="r"),
+        np.load(features, mmap_mode="r") if features.exists() else None,
         sources,
         tensors["classifier_texts"],
     )

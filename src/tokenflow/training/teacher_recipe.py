@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tokenflow.errors import UserError
 from tokenflow.training.recipe import check_counts
 
 
@@ -31,9 +32,17 @@ class TeacherRecipe:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
 
+    init_from: str | None = (
+        None  # an exported tower of the same shape, or a bundled name; None: fresh weights
+    )
+
     # The cache holds every picture once, a little larger than the tower sees it.
     cache_size: int = 144
     min_crop_area: float = 0.4
+    # Where the classifier looks: once at each whole picture, whose map is then cropped (little work, for
+    # CPUs), or at the very crops that the tower sees ("patient and consistent", Beyer et al. 2022; for GPUs).
+    live_targets: bool = False
+    mix: float = 0.0  # share of live crops blended with another one (mixup); they get no text loss
 
     batch_size: int = 32  # per process; steps count for more than large batches here
     steps: int = 20_000
@@ -57,3 +66,5 @@ class TeacherRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self)
+        if self.mix and not self.live_targets:
+            raise UserError(f"mix={self.mix} needs live_targets: a cached map knows one picture")
