@@ -51,3 +51,27 @@ def test_flex_attention_equals_fused_attention():
     expected = F.scaled_dot_product_attention(q, k, v, dense_mask(blocks, real))
     flex = flex_attention(q, k, v, block_mask=flex_mask(blocks, real))
     torch.testing.assert_close(flex, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_flex_attention_learns_as_fused_attention_does():
+    """Output and gradients, compiled as in training, at a length that is no multiple of its blocks."""
+    scales = [Segment(s * s, SCALE) for s in (1, 2, 4, 6, 8, 10)]
+    blocks = block_numbers([Segment(29, TEXT), *scales, Segment(3, TEXT)], "cuda")
+    real = torch.ones(3, len(blocks), dtype=torch.bool, device="cuda")
+    real[1, :20] = False
+    qkv = torch.randn(3, 3, 4, len(blocks), 32, generator=torch.Generator().manual_seed(0)).cuda()
+    weight = torch.randn(qkv.shape[1:], generator=torch.Generator().manual_seed(1)).cuda()
+    weight *= real[:, None, :, None]  # what padding gives does not matter
+    outputs, gradients = [], []
+    for attend in (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dense_mask(blocks, real)),
+        lambda q, k, v: torch.compile(flex_attention)(q, k, v, block_mask=flex_mask(blocks, real)),
+    ):
+        leaf = qkv.clone().requires_grad_()
+        out = attend(*leaf)
+        (out * weight).sum().backward()
+        outputs.append(out * real[:, None, :, None])
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(outputs[1], outputs[0], atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=2e-2, rtol=2e-2)

@@ -197,3 +197,22 @@ def test_models_that_do_not_belong_together(pipe, other_model_folder):
     other = TokenFlowModel.from_pretrained(other_model_folder)
     with pytest.raises(UserError, match="on the codes of another image tokenizer"):
         TextToImagePipeline(pipe.model, pipe.text_tokenizer, other)
+
+
+@pytest.mark.gpu
+def test_pictures_in_half_precision_on_a_gpu(small_pipeline_folder, photo):
+    pipe = TextToImagePipeline.from_pretrained(small_pipeline_folder, dtype=torch.bfloat16).to("cuda")
+    assert pipe.model.code_table.codes.dtype == torch.float32
+    out = pipe(["a hat", "a boat"], seed=0, num_images_per_prompt=2, output_type="pt")
+    assert out.images.shape == (4, 3, 32, 32)
+    assert out.images.isfinite().all()
+    again = pipe(["a hat", "a boat"], seed=0, num_images_per_prompt=2, output_type="pt")
+    assert torch.equal(again.codes, out.codes)
+    steps = list(pipe.stream("a hat", seed=0))
+    assert [step.codes.shape[1] for step in steps] == [1, 5, 21]
+    assert steps[0].pictures()[0].size == (32, 32)
+    white = Image.new("L", photo.size, 0)
+    white.paste(255, (0, 0, 16, 32))
+    known = pipe.keep(photo, repaint=white)
+    kept = pipe("a hat", known=known, seed=0, output_type="codes").codes
+    assert torch.equal(kept[known.mask.to(kept.device)], known.codes[known.mask].to(kept.device))

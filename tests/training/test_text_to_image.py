@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokenflow import TokenFlowModel
+from tokenflow import TokenFlowForTextToImage, TokenFlowModel, TokenFlowTextToImageConfig
 from tokenflow.data.sources import Source
 from tokenflow.data.token_shards import ShardInfo, write_shard
 from tokenflow.errors import UserError
@@ -220,15 +220,53 @@ def test_the_export_holds_the_averaged_weights(recipe):
 
 def test_a_compiled_model_trains_as_an_eager_one(recipe, tmp_path, monkeypatch):
     """Forward and backward as graphs; aot_eager runs them without the C++ compiler that inductor needs."""
-    arguments = partial(text_to_image.TrainingArguments, torch_compile_backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers = partial(text_to_image.compile_layers, backend="aot_eager")
     eager = replace(recipe, steps=3, data=replace(recipe.data, eval_sources=()))
     train_text_to_image(eager)
-    monkeypatch.setattr(text_to_image, "TrainingArguments", arguments)
+    monkeypatch.setattr(text_to_image, "compile_layers", compile_layers)
     compiled = replace(eager, compile=True, output_dir=str(tmp_path / "compiled"))
     train_text_to_image(compiled)
     for ours, theirs in zip(log_of(eager), log_of(compiled), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)
     assert weights_of(compiled).keys() == weights_of(eager).keys()  # no `_orig_mod.` in the names
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+def test_the_attention_of_a_recipe(recipe):
+    config = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 300}
+
+    def wanted(device: str, attention: str = "auto", **changes) -> str:
+        long = TokenFlowTextToImageConfig(
+            text_config=config, image_open_ids=[1], image_close_ids=[2], **changes
+        )
+        with torch.device("meta"):
+            model = TokenFlowForTextToImage(long)
+        return text_to_image.attention_for(replace(recipe, attention=attention), model, torch.device(device))
+
+    assert wanted("cpu") == "sdpa"
+    assert wanted("cuda") == "flex_attention"  # 128 + 680 positions
+    assert wanted("cuda", scales=[1, 2, 3, 4, 5, 6, 8], max_text_tokens=32) == "sdpa"
+    assert wanted("cuda", "sdpa") == "sdpa"
+    with pytest.raises(UserError, match="FlexAttention learns on CUDA devices only; use --attention sdpa"):
+        train_text_to_image(replace(recipe, attention="flex_attention"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"attention": "flex_attention"}])
+def test_a_run_on_a_gpu(recipe, options):
+    model = replace(recipe.model, hidden_size=64, heads=2)
+    data = replace(recipe.data, num_workers=2)
+    run = replace(recipe, model=model, data=data, mixed_precision="bf16", steps=3, eval_every=2, **options)
+    result = train_text_to_image(replace(run, sample_every=3))
+    assert result.step == 3
+    log = log_of(run)
+    assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
+    assert any("eval_bits_per_token" in line for line in log)
+    assert all(weights.isfinite().all() for weights in weights_of(run).values())
+    pipe = TextToImagePipeline.from_pretrained(result.export, dtype=torch.bfloat16).to("cuda")
+    assert pipe("a red square", seed=0).images[0].size == (32, 32)
 
 
 def test_a_stopped_run_goes_on_exactly(recipe, tmp_path):

@@ -234,7 +234,11 @@ class TokenFlowForTextToImage(PreTrainedModel):
             UserError: shapes that do not fit; no code vectors were ever set.
         """
         self._check(input_ids, attention_mask, codes)
-        input_ids, real = cut_padding(input_ids, attention_mask)
+        if input_ids.device.type == "cpu":
+            input_ids, real = cut_padding(input_ids, attention_mask)
+        else:  # shapes that never change, and no waiting for the device to say how much could be cut
+            real = attention_mask.bool()
+            torch._assert_async(real[:, -1].all(), "prompts are padded on the left")
         codes = codes.long()
         seen = codes if input_codes is None else input_codes.long()
         prefix, n = input_ids.shape[1], self.config.num_image_tokens
@@ -271,7 +275,7 @@ class TokenFlowForTextToImage(PreTrainedModel):
 
     def _after_image(self, like: Tensor) -> Tensor:
         ids = [*self.config.image_close_ids, self.config.eos_token_id]
-        return torch.tensor(ids, device=like.device).expand(len(like), -1)
+        return torch.cat([like.new_full((len(like), 1), id) for id in ids], dim=1)
 
     def _mask(self, real: Tensor, after: int) -> Tensor | BlockMask:
         blocks = block_numbers([*self.segments(real.shape[1]), Segment(after, "text")], real.device)

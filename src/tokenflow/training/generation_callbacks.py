@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -56,7 +57,8 @@ class Samples(TrainerCallback):
         prompts = list(recipe.sample_prompts) or (trainer.eval_rows or trainer.rows).captions(SAMPLES)
         prompts = prompts[:SAMPLES] or [""]
         trainer.network.eval()
-        with trainer.average.applied(), trainer.compute_loss_context_manager():
+        eager = torch.compiler.set_stance("force_eager")  # layers compiled for training know no cache
+        with trainer.average.applied(), trainer.compute_loss_context_manager(), eager:
             pictures = trainer.generator.pictures(prompts, recipe.sample_guidance)
         trainer.network.train()
         if args.should_save:

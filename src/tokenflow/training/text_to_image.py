@@ -39,6 +39,7 @@ from tokenflow.training.text_to_image_recipe import ClassToImageRecipe, TextToIm
 Recipe = TextToImageRecipe | ClassToImageRecipe
 # Matrices that AdamW learns in any case: the output head, and what reads code vectors.
 NOT_MUON = ("head", "visual_proj")
+FLEX_FROM = 512  # positions
 _SHOWN = {"loss": "loss", "images_per_second": "img/s", "eval_bits_per_token": "bits"}  # beside the bar
 
 
@@ -90,6 +91,10 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
         raise write_error(folder, error) from error
     with arguments.main_process_first():  # it writes the text tokenizer that the others read
         generator = build_generator(recipe.model, image_tokenizer, train_rows, folder, recipe.seed)
+    if isinstance(recipe, TextToImageRecipe):
+        generator.model.set_attn_implementation(attention_for(recipe, generator.model, arguments.device))
+    if recipe.compile:
+        compile_layers(generator.model)
     trainer = GenerationTrainer(recipe, arguments, generator, train_rows, eval_rows)
     last = latest_checkpoint(folder)
     if last is not None and int(last.name.split("-")[1]) >= recipe.steps:
@@ -229,13 +234,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         gradient_accumulation_steps=data.accumulation,
         dataloader_num_workers=data.num_workers,
         dataloader_pin_memory=not on_cpu,
+        dataloader_prefetch_factor=4 if data.num_workers else None,
+        # A step never waits for the device: not to copy a batch, nor to look whether the loss is finite.
+        accelerator_config={"non_blocking": not on_cpu},
+        logging_nan_inf_filter=on_cpu,
         learning_rate=o.lr,
         max_grad_norm=o.clip,
         lr_scheduler_type=o.schedule,
         warmup_steps=o.warmup_steps,
         bf16=recipe.mixed_precision == "bf16",
         use_cpu=on_cpu,
-        torch_compile=recipe.compile,
         deepspeed=recipe.deepspeed,
         logging_steps=recipe.log_every,
         eval_strategy="steps" if data.eval_sources else "no",
@@ -247,6 +255,29 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         remove_unused_columns=False,
         **memory,
     )
+
+
+def attention_for(recipe: TextToImageRecipe, model: Any, device: torch.device) -> str:
+    """The attention that a recipe's `attention` means for this model on this device.
+
+    Raises:
+        UserError: FlexAttention is wanted where it cannot learn.
+    """
+    text = model.config.text_config
+    if recipe.attention == "flex_attention" and device.type != "cuda":
+        raise UserError("FlexAttention learns on CUDA devices only; use --attention sdpa here")
+    if recipe.attention != "auto":
+        return recipe.attention
+    length = model.image_start + model.config.num_image_tokens + len(model.config.image_close_ids)
+    fits = text.head_dim in (16, 32, 64, 128, 256) and not text.attention_dropout
+    return "flex_attention" if device.type == "cuda" and fits and length >= FLEX_FROM else "sdpa"
+
+
+def compile_layers(model: Any, **options: Any) -> None:
+    """Compile the layers of a generator in place (`options` of `torch.compile`); one graph serves them all."""
+    for layer in model.modules():
+        if type(layer).__name__ in model._no_split_modules:
+            layer.compile(dynamic=False, **options)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

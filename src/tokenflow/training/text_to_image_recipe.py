@@ -167,7 +167,7 @@ class GenerationRun:
     gradient_checkpointing: bool = False
     """compute the layers again in the backward pass, to save memory"""
     compile: bool = False
-    """torch.compile"""
+    """torch.compile the layers, all by one graph: half a minute first, then fewer passes over memory"""
     fsdp_config: str | None = None
     """JSON file for the Trainer's `fsdp_config`: shard the model over processes (FSDP2)"""
     deepspeed: str | None = None
@@ -200,6 +200,9 @@ class TextToImageRecipe(GenerationRun):
     model: LanguageModelRecipe = field(default_factory=LanguageModelRecipe)
     text_loss: bool = False
     """learn the captions' text, too; the paper learns image tokens only"""
+    attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
+    """auto: FlexAttention on CUDA where it pays, from 512 positions on; shorter sequences fill a few of its
+    blocks of 128, so that it has nothing to skip, and take PyTorch's fused kernel with a mask, as CPUs do"""
 
 
 @dataclass(frozen=True)
