@@ -127,15 +127,14 @@ def test_text_is_kept_as_the_language_model_has_it(lora, tmp_path):
     text = tmp_path / "text.jsonl"
     said = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "blue blue blue blue"}]
     text.write_text(f"{json.dumps({'conversations': said})}\n" * 8)
-    stage = replace(lora.instruct, sources=(str(text),), steps=12)
-    learned = replace(lora, instruct=stage)
+    stage = replace(lora.instruct, sources=(str(text),), steps=30)
+    learned = replace(lora, instruct=stage, lora=replace(lora.lora, lr=0.1))
     train_understanding(learned)
-    kept = replace(learned, lora=replace(lora.lora, keep=1.0), output_dir=f"{lora.output_dir}-kept")
-    done = train_understanding(kept)
+    kept = replace(learned, lora=replace(learned.lora, keep=1.0), output_dir=f"{lora.output_dir}-kept")
+    train_understanding(kept)
     losses = [[line["loss"] for line in log_of(run) if "loss" in line] for run in (learned, kept)]
     assert losses[0][-1] < losses[0][0] - 0.1
     assert max(losses[1]) < 1e-6  # nothing has moved away
-    assert not {name for name in changed(kept, done.export) if LANGUAGE_MODEL in name}
     # From one that has learned the answers, back.
     back = replace(kept, init_from=f"{learned.folder}/export", output_dir=f"{lora.output_dir}-back")
     train_understanding(back)
@@ -248,6 +247,8 @@ def test_mistakes_are_one_line(recipe, lora, tmp_path):
           init_from=lora.init_from)  # fmt: skip
     fails("batch size 3 is no multiple", align=replace(recipe.align, batch_size=3, accumulation=2))
     fails("cannot load language model", model=replace(recipe.model, language_model=str(tmp_path)))
+    fails("set --lora.rank", stage="instruct", lora=LoraRecipe(keep=1.0))
+    fails("wants whole weights", stage="instruct", lora=replace(lora.lora, keep=1.0), fsdp_config="fsdp.json")
     strange = replace(lora.lora, targets=("wq",))
     with pytest.raises(UserError, match="no layer of the language model is called wq"):
         train_understanding(replace(lora, lora=strange))

@@ -321,6 +321,12 @@ def training_arguments(recipe: UnderstandingRecipe) -> TrainingArguments:
     """The Trainer's own options for a recipe; the number of steps is set when the data is known."""
     stage, folder = recipe.of_stage, Path(recipe.folder)
     check_deepspeed(recipe.deepspeed)
+    keep = recipe.stage == "instruct" and recipe.lora.keep
+    if keep and not recipe.lora.rank:
+        raise UserError("--lora.keep compares with the language model without its LoRA: set --lora.rank")
+    if keep and (recipe.fsdp_config or recipe.deepspeed):
+        # A process whose part has pictures would not join in the others' second look at their weights.
+        raise UserError("--lora.keep wants whole weights: leave out --fsdp-config and --deepspeed")
     on_cpu = not torch.accelerator.is_available()
     processes = TrainingArguments(str(folder / "checkpoints"), use_cpu=on_cpu, report_to=[]).world_size
     share, rest = divmod(stage.batch_size, processes * stage.accumulation)
