@@ -48,7 +48,7 @@ def stages(folder: Path, name: str, **changes: Any) -> list[UnderstandingRecipe]
     return [align, lora, whole]
 
 
-def train_sharded(folder: Path, **changes: str) -> None:
+def train_sharded(folder: Path, **changes: Any) -> None:
     """Each run is stopped after its first step and started again."""
     facts: dict[str, str] = {}
 
@@ -73,6 +73,7 @@ if __name__ == "__main__":
         train_sharded(folder, deepspeed=str(folder / "zero2.json"))
     else:
         let_accelerate_shard_on_cpus()
-        train_sharded(folder, fsdp_config=str(folder / "fsdp.json"))
+        # The layers that are computed again gather their weights again.
+        train_sharded(folder, fsdp_config=str(folder / "fsdp.json"), gradient_checkpointing=True)
     dist.barrier()
     os._exit(0)  # without interpreter teardown, which gloo's threads do not always survive
