@@ -253,6 +253,21 @@ def test_the_attention_of_a_recipe(recipe):
         train_text_to_image(replace(recipe, attention="flex_attention"))
 
 
+def test_a_cosine_over_minutes_ends_with_them(recipe):
+    optimizer = replace(recipe.optimizer, schedule="cosine-minutes", warmup_steps=1)
+    data = replace(recipe.data, eval_sources=())
+    timed = replace(recipe, optimizer=optimizer, data=data, max_minutes=0.08, steps=100_000)
+    result = train_text_to_image(timed)
+    assert result.stopped_by == "max_minutes"
+    rates = [line["learning_rate"] for line in log_of(timed) if "learning_rate" in line]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.1 * max(rates)
+    again = train_text_to_image(timed)  # its time is over
+    assert again.step <= result.step + 1
+    with pytest.raises(UserError, match="needs max_minutes, where the cosine ends"):
+        replace(timed, max_minutes=None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"compile": True}, {"attention": "flex_attention"}])
 def test_a_run_on_a_gpu(recipe, options):

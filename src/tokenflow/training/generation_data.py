@@ -134,12 +134,18 @@ class GenerationRows(Dataset):
         return found
 
     def all_captions(self) -> Iterator[str]:
-        """Every caption of every row, without reading images or tokens."""
+        """Every caption of every picture, however many views of it there are; reads no images or tokens."""
         columns = {"captions", "caption", "text", "txt", "label", "label_name"}
+        columns |= {"row"} if self.holds_tokens else set()
         for opened in self.opened:
             dataset: Any = opened.dataset.select_columns([c for c in opened.columns if c in columns])
-            for row in dataset:
-                yield from self._captions(opened, row)
+            before = None
+            for batch in dataset.with_format("arrow").iter(1000):
+                for row in batch.to_pylist():
+                    place = row.pop("row") if self.holds_tokens else None
+                    if place is None or place != before:  # the views of a picture follow each other
+                        yield from self._captions(opened, row)
+                    before = place
 
     def __len__(self) -> int:
         return sum(len(opened.dataset) for opened in self.opened)

@@ -11,6 +11,7 @@ What is notable:
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tokenflow.training.generation_callbacks import Averaging, Samples
 from tokenflow.training.generation_data import GenerationRows
 from tokenflow.training.generation_models import Generator, build_generator, load_image_tokenizer
 from tokenflow.training.muon import MuonAdamW, muon_groups
-from tokenflow.training.progress import StopRequest
+from tokenflow.training.progress import StopRequest, cosine
 from tokenflow.training.sharding import check_deepspeed, check_sharding, sharding_options, whole_weights
 from tokenflow.training.text_to_image_recipe import ClassToImageRecipe, TextToImageRecipe
 
@@ -99,7 +100,10 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
     last = latest_checkpoint(folder)
     if last is not None and int(last.name.split("-")[1]) >= recipe.steps:
         return TrainResult(recipe.steps, "steps", folder / "export")
-    with StopRequest(recipe.max_minutes) as trainer.stop:
+    minutes = recipe.max_minutes
+    if minutes is not None and recipe.optimizer.schedule == "cosine-minutes":  # of the whole run
+        minutes = max(0.0, minutes - trainer.seconds_before / 60)
+    with StopRequest(minutes) as trainer.stop:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return TrainResult(trainer.state.global_step, trainer.stop.reason or "steps", folder / "export")
 
@@ -120,6 +124,10 @@ class GenerationTrainer(Trainer):
         self.rows, self.eval_rows = train_rows, eval_rows
         self.stop = StopRequest(None)
         self.average = WeightAverage(generator.model, 0.0)
+        self.started, self.seconds_before = time.monotonic(), 0.0
+        last = latest_checkpoint(Path(recipe.output_dir))
+        if last is not None:
+            self.seconds_before = checkpointing.load_json(last / "complete.json").get("seconds", 0.0)
         super().__init__(
             model=generator.model,
             args=arguments,
@@ -167,6 +175,22 @@ class GenerationTrainer(Trainer):
             self.optimizer = build_optimizer(self.recipe, model or self.network)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        o, minutes = self.recipe.optimizer, self.recipe.max_minutes
+        if o.schedule != "cosine-minutes" or minutes is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / (o.warmup_steps + 1)) * cosine(self.seconds / (60 * minutes), 0.0)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
+        return self.lr_scheduler
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken so far, over all invocations."""
+        return self.seconds_before + time.monotonic() - self.started
+
     def complete_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Write the averages and, with averaged weights, the export into a checkpoint."""
         averages = {name: whole(t).cpu() for name, t in self.average.averages.items()}
@@ -175,7 +199,7 @@ class GenerationTrainer(Trainer):
             if self.args.should_save:
                 checkpointing.save_tensors(averages, folder / "averages.safetensors")
                 self.generator.save(folder / "export", weights)
-        return {"average_updates": self.average.updates}
+        return {"average_updates": self.average.updates, "seconds": self.seconds}
 
     # ------------------------------------------------------------------------------------------ the measuring
     @torch.no_grad()
@@ -240,7 +264,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         logging_nan_inf_filter=on_cpu,
         learning_rate=o.lr,
         max_grad_norm=o.clip,
-        lr_scheduler_type=o.schedule,
+        lr_scheduler_type="cosine" if o.schedule == "cosine-minutes" else o.schedule,
         warmup_steps=o.warmup_steps,
         bf16=recipe.mixed_precision == "bf16",
         use_cpu=on_cpu,
@@ -274,7 +298,7 @@ def attention_for(recipe: TextToImageRecipe, model: Any, device: torch.device) -
 
 
 def compile_layers(model: Any, **options: Any) -> None:
-    """Compile the layers of a generator in place (`options` of `torch.compile`); one graph serves them all."""
+    """Compile a generator's layers in place, with `options` of `torch.compile`; one graph serves them all."""
     for layer in model.modules():
         if type(layer).__name__ in model._no_split_modules:
             layer.compile(dynamic=False, **options)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from tokenflow.errors import UserError
 from tokenflow.training.recipe import check_counts
 
 
@@ -139,8 +140,9 @@ class GenerationOptimizer:
     """of matrices and embeddings, not of norms and biases"""
     clip: float = 0.5
     """largest gradient norm"""
-    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
-    """of the learning rate after warm-up; all but the constant one end at 0 at the last of `steps`"""
+    schedule: Literal["constant_with_warmup", "cosine", "linear", "cosine-minutes"] = "constant_with_warmup"
+    """of the learning rate after warm-up; all but the constant one end at 0, at the last of `steps` or after
+    `max_minutes`"""
     warmup_steps: int = 5000
     """steps over which the rate rises"""
     ema_decay: float = 0.0
@@ -159,7 +161,8 @@ class GenerationRun:
     steps: int = 100_000
     """optimizer steps in all; a finished run goes on if this is raised"""
     max_minutes: float | None = None
-    """stop this invocation, with a checkpoint, after so many minutes; start it again to go on"""
+    """stop this invocation, with a checkpoint, after so many minutes; start it again to go on, unless
+    optimizer.schedule is "cosine-minutes": then the whole run ends here"""
     seed: int = 0
     """of weights, data order and captions"""
     mixed_precision: Literal["no", "bf16"] = "bf16"
@@ -191,6 +194,8 @@ class GenerationRun:
 
     def __post_init__(self) -> None:
         check_counts(self)
+        if self.optimizer.schedule == "cosine-minutes" and not self.max_minutes:
+            raise UserError('optimizer.schedule="cosine-minutes" needs max_minutes, where the cosine ends')
 
 
 @dataclass(frozen=True)
