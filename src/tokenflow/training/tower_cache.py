@@ -49,7 +49,7 @@ class TowerCache:
     def __init__(self, folder: str | Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor):
         self.tower, self.processor = model.model.vision_tower, processor.image_processor
         self.config: Any = model.config
-        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         self.folder = Path(folder) / tower_fingerprint(self.tower, self.processor, self.config)[:32]
         self.parts: list[Tensor] = []
         self.places: dict[bytes, Place] = {}

@@ -260,7 +260,7 @@ def load(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {name_or_path}: {str(error).splitlines()[0]}") from error
     if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu")
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         return model.to(device).eval(), processor  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:

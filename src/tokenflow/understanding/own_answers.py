@@ -78,7 +78,7 @@ def write_texts(file: Path, count: int, seed: int) -> int:
     from tokenflow.data.question_texts import text_prompts
     from tokenflow.understanding.parts import TINY_CHAT, language_model
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, tokenizer = language_model(TINY_CHAT, torch.bfloat16)
     model.to(device).eval()  # type: ignore[arg-type]
     prompts = text_prompts(count, seed)
