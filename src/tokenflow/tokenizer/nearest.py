@@ -30,7 +30,10 @@ ones.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal, cast
 
 import torch
@@ -106,8 +109,8 @@ def nearest_code(
         codes: `[K, D]`, or the result of `prepare_codes` where many searches share a codebook.
         bias: `[K]` or None; given to `prepare_codes` instead when that is used.
         backend: "auto" is what the environment variable TOKENFLOW_NEAREST names, or else "triton" on CUDA
-            where Triton is installed, "blocked" elsewhere. "faiss" needs the extra of that name and a CPU.
-            "dense" is the oracle of the tests: slow, and limited in size.
+            where Triton and a C compiler are installed, "blocked" elsewhere. "faiss" needs the extra of that
+            name and a CPU. "dense" is the oracle of the tests: slow, and limited in size.
 
     Returns:
         `[N]` int64 on the device of the queries, the lowest index among equal scores. A query with a NaN or
@@ -330,7 +333,8 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+@cache
 def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
+    """Whether Triton is here with the C compiler that its launchers are built by on first use."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return find_spec("triton") is not None and compiler is not None

@@ -59,7 +59,6 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        # Matrices of one shape are orthogonalised together: small products would leave a GPU idle.
         alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
         for parameter in parameters:
             gradient, state = parameter.grad, self.state[parameter]
@@ -74,10 +73,13 @@ class MuonAdamW(torch.optim.AdamW):
             alike.setdefault(update.shape, []).append((parameter, update))
         for shape, pairs in alike.items():
             scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
-            directions = orthogonalize(torch.stack([update for _, update in pairs])) * scale
+            updates = [update for _, update in pairs]
+            # One by one, small products would leave a GPU idle; on a CPU they are the faster ones.
+            on_cpu = updates[0].device.type == "cpu"
+            directions = map(orthogonalize, updates) if on_cpu else orthogonalize(torch.stack(updates))
             for (parameter, _), direction in zip(pairs, directions, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(sharded_like(direction.view(parameter.shape), parameter))
+                parameter.sub_(sharded_like(direction.view(parameter.shape), parameter) * scale)
 
 
 def muon_groups(
