@@ -52,6 +52,8 @@ class GraphedPredictor(CachedPredictor):
         rows: R of all batches.
     """
 
+    # Whoever draws first may do so in inference mode; what is kept must serve those who do not.
+    @torch.inference_mode(False)
     def __init__(self, model: TokenFlowForTextToImage, rows: int):
         ids = torch.zeros(rows, model.image_start, dtype=torch.int64, device=model.device)
         super().__init__(model, ids, torch.ones_like(ids, dtype=torch.bool), plain=False)
@@ -67,6 +69,8 @@ class GraphedPredictor(CachedPredictor):
         self.visible[:, : real.shape[1]].copy_(real)
         return self
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def step(self, position: int, features: Tensor | None, keep: bool) -> Tensor:
         if features is not None:
             # Contiguous, whatever the layout of those given: of that the graph knows nothing.
