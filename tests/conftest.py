@@ -10,6 +10,15 @@ from small_model import save_small_model
 from small_pipeline import save_small_class_pipeline, save_small_pipeline
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` say so where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def small_model_folder(tmp_path_factory) -> Path:
     """Folder of the small model, seed 0."""

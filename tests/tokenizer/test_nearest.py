@@ -272,7 +272,6 @@ def test_triton_kernel_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_cuda(backend):
     q, c = unit(3000, 40), unit(20000, 40, seed=1)
