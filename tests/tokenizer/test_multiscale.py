@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflow.errors import UserError
-from tokenflow.tokenizer.multiscale import MultiScaleQuantizer, reduce_area, resize_up
+from tokenflow.tokenizer.multiscale import MultiScaleQuantizer, _resizing, reduce_area, resize_up
 from tokenflow.tokenizer.quantizer import SharedMappingQuantizer
 
 SCALES = st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True).map(sorted)
@@ -235,3 +235,11 @@ def test_prefix_decoding_gives_some_images_the_sum_of_their_first_scales():
     assert counts[1] > 3
     assert counts[2] > 3
     torch.testing.assert_close(q.eval()(h).quantized, sums[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("from_side", "side"), [(1, 8), (3, 8), (6, 8), (5, 7)])
+def test_resizing_as_a_matrix_is_bicubic_resizing(from_side, side):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, from_side, from_side)
+    as_matrix = x.flatten(2) @ _resizing(from_side, side, x.device, x.dtype)
+    torch.testing.assert_close(as_matrix.unflatten(2, (side, side)), resize_up(x, side), rtol=1e-5, atol=1e-6)

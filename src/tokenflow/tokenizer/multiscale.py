@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -34,7 +35,22 @@ class MultiScaleOutput:
 
 
 def resize_up(x: Tensor, side: int) -> Tensor:
-    return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="bicubic")
+    """Bicubic `[B, D, s, s]` to `[B, D, side, side]`."""
+    if x.shape[-1] == side:
+        return x
+    if x.device.type == "cuda" and x.requires_grad:
+        # Bicubic gradients on CUDA took half of a training step, 9 ms a scale; those of a product do not.
+        with torch.autocast("cuda", enabled=False):
+            return (x.flatten(2) @ _resizing(x.shape[-1], side, x.device, x.dtype)).unflatten(2, (side, side))
+    return F.interpolate(x, size=(side, side), mode="bicubic")
+
+
+@lru_cache(maxsize=64)
+def _resizing(from_side: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Bicubic resizing as a matrix `[from_side^2, side^2]`: what it makes of each single pixel."""
+    with torch.inference_mode(False), torch.no_grad():
+        pixels = torch.eye(from_side**2, device=device, dtype=dtype).view(-1, 1, from_side, from_side)
+        return F.interpolate(pixels, size=(side, side), mode="bicubic").flatten(1)
 
 
 def reduce_area(x: Tensor, side: int) -> Tensor:

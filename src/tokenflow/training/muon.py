@@ -27,9 +27,10 @@ def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
     x = matrices.bfloat16()
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
+    add_product = torch.addmm if wide.ndim == 2 else torch.baddbmm
     for _ in range(rounds):
         gram = wide @ wide.mT
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        wide = add_product(wide, add_product(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return (wide if x.shape[-2] <= x.shape[-1] else wide.mT).to(matrices.dtype)
 
 
@@ -59,18 +60,21 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
-        for parameter in parameters:
-            gradient, state = parameter.grad, self.state[parameter]
-            assert gradient is not None
-            if not state:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if not (state := self.state[parameter]):
                 state["step"] = torch.zeros(())  # AdamW looks for it when it loads a state
                 state["momentum"] = torch.zeros_like(gradient)
             state["step"] += 1
-            state["momentum"].lerp_(gradient, 1 - self.momentum)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+
+        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
             # A matrix that FSDP2 sharded is gathered: each process orthogonalises it, and keeps its part.
-            update = whole(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
+            update = whole(gradient.lerp(momentum, self.momentum)).flatten(1)
             alike.setdefault(update.shape, []).append((parameter, update))
+        moved, steps = [], []
         for shape, pairs in alike.items():
             scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
             updates = [update for _, update in pairs]
@@ -78,8 +82,10 @@ class MuonAdamW(torch.optim.AdamW):
             on_cpu = updates[0].device.type == "cpu"
             directions = map(orthogonalize, updates) if on_cpu else orthogonalize(torch.stack(updates))
             for (parameter, _), direction in zip(pairs, directions, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(sharded_like(direction.view(parameter.shape), parameter) * scale)
+                moved.append(parameter)
+                steps.append(sharded_like(direction.view(parameter.shape), parameter) * scale)
+        torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(moved, steps)
 
 
 def muon_groups(
