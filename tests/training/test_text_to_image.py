@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from terminated_run import terminated_run
 
 from tokenflow import TokenFlowForTextToImage, TokenFlowModel, TokenFlowTextToImageConfig
 from tokenflow.data.sources import Source
@@ -316,6 +317,15 @@ def test_ctrl_c_stops_with_a_checkpoint(recipe, monkeypatch):
     done = train_text_to_image(replace(recipe, data=replace(recipe.data, token_noise=0.1)))
     assert (done.step, done.stopped_by) == (1, "SIGINT")
     assert done.export.exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(recipe):
+    recipe = replace(recipe, steps=100_000, data=replace(recipe.data, num_workers=2))
+    done = terminated_run(train_text_to_image, recipe, Path(recipe.output_dir))
+    assert done.stopped_by == "SIGTERM"
+    assert log_of(recipe)[-1]["step"] == done.step
+    assert train_text_to_image(replace(recipe, steps=done.step + 1)).step == done.step + 1
 
 
 def test_images_are_tokenized_on_the_fly(recipe, tmp_path):

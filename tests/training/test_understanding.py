@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from terminated_run import terminated_run
 
 from tokenflow.errors import UserError
 from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
@@ -162,6 +163,15 @@ def test_evaluation_does_not_disturb(recipe, conversations):
 
 
 # --- that it does not matter how
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(recipe):
+    recipe = replace(recipe, align=replace(recipe.align, steps=5_000), num_workers=2)
+    done = terminated_run(train_understanding, recipe, Path(recipe.folder))
+    assert done.stopped_by == "SIGTERM"
+    assert log_of(recipe)[-1]["step"] == done.step
+    assert done.export.exists()
 
 
 def test_a_stopped_run_goes_on_exactly(lora):

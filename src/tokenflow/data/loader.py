@@ -325,14 +325,17 @@ def _decoded(
             num_workers=num_workers,
             prefetch_factor=per_worker,
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # otherwise making the iterator draws from the global generator
         )
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the parent still needs batches to end in order.
+def leave_signals_to_the_parent(worker: int) -> None:
+    """A DataLoader's `worker_init_fn`: Ctrl-C and a scheduler's SIGTERM do not end this worker.
+
+    They reach the whole process group; the parent, which hears them too, needs batches to end in order.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

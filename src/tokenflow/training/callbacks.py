@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from tokenflow.data.loader import leave_signals_to_the_parent
 from tokenflow.files import atomic_write
 from tokenflow.training import checkpointing
 from tokenflow.training.progress import LogFile, recipe_changes
@@ -22,6 +26,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of the run in `folder` that was written to its end."""
     complete = [file.parent for file in (folder / "checkpoints").glob("checkpoint-*/complete.json")]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def signals_left_to_the_parent(batches: DataLoader) -> DataLoader:
+    """The Trainer's loader, with workers that outlive the Ctrl-C or SIGTERM at which `Stopping` stops."""
+    loader: Any = getattr(batches, "base_dataloader", batches)  # accelerate's is a wrapper
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    return batches
+
+
+def _start_worker(seed_worker: Callable[[int], None], worker: int) -> None:
+    leave_signals_to_the_parent(worker)
+    seed_worker(worker)
 
 
 class Stopping(TrainerCallback):

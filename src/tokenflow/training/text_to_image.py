@@ -28,7 +28,13 @@ from tokenflow.files import write_error
 from tokenflow.tokenizer.token_file import tokenizer_fingerprint
 from tokenflow.training import checkpointing
 from tokenflow.training.averaging import WeightAverage, whole
-from tokenflow.training.callbacks import Checkpoints, Reports, Stopping, latest_checkpoint
+from tokenflow.training.callbacks import (
+    Checkpoints,
+    Reports,
+    Stopping,
+    latest_checkpoint,
+    signals_left_to_the_parent,
+)
 from tokenflow.training.generation_callbacks import Averaging, Samples
 from tokenflow.training.generation_data import GenerationRows
 from tokenflow.training.generation_models import Generator, build_generator, load_image_tokenizer
@@ -146,6 +152,9 @@ class GenerationTrainer(Trainer):
             self.add_callback(Reports(recipe, recipe.output_dir, batch_size, "images_per_second", _SHOWN))
 
     # ---------------------------------------------------------------------------------------------- the data
+    def get_train_dataloader(self) -> DataLoader:
+        return signals_left_to_the_parent(super().get_train_dataloader())
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.rows.draws(self.recipe.steps * self.recipe.data.batch_size)
 

@@ -32,7 +32,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tokenflow.errors import UserError
 from tokenflow.files import write_error
 from tokenflow.training import checkpointing
-from tokenflow.training.callbacks import Checkpoints, Reports, Stopping, latest_checkpoint
+from tokenflow.training.callbacks import (
+    Checkpoints,
+    Reports,
+    Stopping,
+    latest_checkpoint,
+    signals_left_to_the_parent,
+)
 from tokenflow.training.progress import StopRequest
 from tokenflow.training.sharding import (
     check_deepspeed,
@@ -208,6 +214,9 @@ class UnderstandingTrainer(Trainer):
         if self.is_world_process_zero():
             size, rate = recipe.of_stage.batch_size, "conversations_per_second"
             self.add_callback(Reports(recipe, recipe.folder, size, rate, _SHOWN))  # hears of all others' logs
+
+    def get_train_dataloader(self) -> DataLoader:
+        return signals_left_to_the_parent(super().get_train_dataloader())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedOrder:
         return self.order
