@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenflow import cli
 from tokenflow.demo import SAMPLES
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,33 @@ def test_blocks_that_do_not_run_have_a_counterpart(page):
         assert block.language in ("python", "bash", ""), f"{page.name}: a block in {block.language!r}"
         if block.counterpart:
             assert (ROOT / block.counterpart).is_file(), f"{page.name}: no {block.counterpart}"
+
+
+# Our own commands are written down, with variables as the shell fills them in; no other is started.
+WRITTEN_DOWN = """
+PATH=
+tokenflow() { printf '%q ' "$@"; echo; }
+torchrun() { while [ "$1" != tokenflow ]; do shift; done; "$@"; }
+command_not_found_handle() { :; }
+"""
+IN_DOCSTRINGS = re.compile(r"^ +((?:tokenflow|torchrun) (?:.*\\\n)*.*)$", re.M)
+
+
+def shell_blocks_not_run() -> dict[str, str]:
+    found = {p.stem: [b.code for b in blocks(p) if b.language == "bash" and b.counterpart] for p in PAGES}
+    for words, recipes in cli.COMMANDS["train"].items():
+        found |= {f"{words} {name}": IN_DOCSTRINGS.findall(train.__doc__) for name, train in recipes.items()}
+    return {name: "\n".join(codes) for name, codes in found.items() if codes}
+
+
+@pytest.mark.parametrize("name", shell_blocks_not_run())
+def test_commands_that_are_not_run_can_be_read(name, tmp_path, monkeypatch, capsys):
+    script = WRITTEN_DOWN + shell_blocks_not_run()[name]
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    read = cli._parse
+    monkeypatch.setattr(cli, "_parse", lambda *arguments: (read(*arguments), lambda: 0)[1])
+    for line in done.stdout.splitlines():
+        assert cli.main(shlex.split(line)) == 0, line + capsys.readouterr().err
 
 
 def test_ci_walks_the_path_that_the_readme_shows():
