@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tokenflow import TokenFlowModel
 from tokenflow.errors import UserError
-from tokenflow.evaluation import report, semantics
+from tokenflow.evaluation import pictures, report, semantics
 from tokenflow.evaluation.options import SemanticsEval
 from tokenflow.tokenizer.semantic import SemanticTeacher, VisionTower
 
@@ -170,7 +170,7 @@ def teacher_folder(tmp_path_factory):
     return folder
 
 
-def test_a_model_is_judged_from_parquet_to_a_file(small_model_folder, teacher_folder, tmp_path):
+def test_a_model_is_judged_from_parquet_to_a_file(small_model_folder, teacher_folder, tmp_path, monkeypatch):
     data = tmp_path / "colours"
     data.mkdir()
     write_pack(data / "train.parquet", 60)
@@ -191,6 +191,17 @@ def test_a_model_is_judged_from_parquet_to_a_file(small_model_folder, teacher_fo
     assert fingerprint["reference"]["pictures"] == 18
     assert fingerprint["train"]["pictures"] == 60
     assert len(fingerprint["teacher_sha256"]) == 64
+
+    monkeypatch.setattr(pictures, "readers_for", lambda device: 2)  # as beside a GPU
+    again = semantics.run(options)
+    assert {**again, "seconds": None} == {**result, "seconds": None}
+
+
+def test_pictures_are_read_by_other_processes_for_a_gpu_alone(monkeypatch):
+    assert pictures.readers_for(torch.device("cpu")) == 0
+    for cores, readers in ((None, 1), (1, 1), (4, 3), (64, 8)):
+        monkeypatch.setattr(pictures.os, "cpu_count", lambda cores=cores: cores)
+        assert pictures.readers_for(torch.device("cuda")) == readers
 
 
 def test_a_models_own_class_embeddings_are_the_default_for_the_set_they_name(small_model_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,11 @@ def batched(images: EvalImages, batch_size: int, what: str) -> Iterator[tuple[Te
             pictures, rows = [], []
     if pictures:
         yield torch.stack(pictures), rows
+
+
+def readers_for(device: torch.device) -> int:
+    """How many processes shall decode pictures for a model there: it alone keeps the cores of a CPU busy."""
+    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
 
 
 def fingerprint(images: EvalImages, image_size: int) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def evaluate_reconstruction(
             decoded = model.decode_pixels(encoded.quantized)
             return to_uint8(decoded).to(real.device), encoded.indices
 
-    images = iterate_eval(source, side, limit=limit)
+    images = iterate_eval(source, side, num_workers=pictures.readers_for(device), limit=limit)
     batches = (batch for batch, _ in pictures.batched(images, batch_size, "rebuilding"))
     with pictures.eval_mode(model):
         metrics, measured = measure(batches, rebuild, usage=usage, distances=distances, inception=inception)

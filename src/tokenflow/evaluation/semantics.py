@@ -188,11 +188,11 @@ def evaluate_semantics(
         UserError: no labels, or more classes than embeddings.
     """
     started = time.perf_counter()
-    side = model.config.image_size
+    side, readers = model.config.image_size, pictures.readers_for(model.device)
     splits, prints = [], []
     with pictures.eval_mode(model):
         for source in (train_source, val_source):
-            images = iterate_eval(source, side, limit=limit)
+            images = iterate_eval(source, side, num_workers=readers, limit=limit)
             digest = hashlib.sha256()
             features = collect(model, _labelled(images, batch_size, digest), teacher)
             splits.append(features)
