@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
         name: what was compared, and at which size.
-        seconds: best time of each side, by name; the first is ours.
+        seconds: best or median time of each side, by name; the first is ours.
         ratio: time (or memory) of the last side over ours.
         aim: what the ratio should reach, or None.
         note: what else was seen (agreement, memory).
