@@ -78,7 +78,6 @@ WRITTEN_DOWN = """
 PATH=
 tokenflow() { printf '%q ' "$@"; echo; }
 torchrun() { while [ "$1" != tokenflow ]; do shift; done; "$@"; }
-command_not_found_handle() { :; }
 """
 IN_DOCSTRINGS = re.compile(r"^ +((?:tokenflow|torchrun) (?:.*\\\n)*.*)$", re.M)
 
