@@ -74,7 +74,8 @@ class MuonAdamW(torch.optim.AdamW):
             # A matrix that FSDP2 sharded is gathered: each process orthogonalises it, and keeps its part.
             update = whole(gradient.lerp(momentum, self.momentum)).flatten(1)
             alike.setdefault(update.shape, []).append((parameter, update))
-        moved, steps = [], []
+        moved: list[Tensor] = []
+        steps: list[Tensor] = []
         for shape, pairs in alike.items():
             scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
             updates = [update for _, update in pairs]
