@@ -70,7 +70,7 @@ def tokenflow_tiny_chat() -> UnderstandingRecipe:
             Q/tiny_imagenet-train.parquet@0.4 Q/daquar-train.parquet@3 Q/text-train.jsonl@3
 
     The bundled file: the words of stage align on one H100 (--words.batch-size 512: 115 seconds, 45.8 % of 314
-    names found), then on a CPU core --align.steps 2 and stage instruct with --instruct.steps 250
+    names found), then on a CPU core --align.steps 2 and stage instruct with --instruct.steps 205
     --instruct.accumulation 2 --instruct.lr 5e-4 --lora.lr 5e-4, from the LoRA of the bundled file before it.
     Larger batches in one piece, for a GPU with room for them: --num-workers 6, --align.batch-size 256
     --align.accumulation 1, --instruct.batch-size 128 --instruct.accumulation 1.
