@@ -17,7 +17,8 @@ from command_line import the_error
 from tokenflow.cli import main
 from tokenflow.drawing import load_class_pipeline, load_pipeline, read_drawing
 from tokenflow.errors import UserError
-from tokenflow.generation.options import MOST_PICTURES, GenerateOptions, sampling
+from tokenflow.generation.limits import MOST_PICTURES
+from tokenflow.generation.options import GenerateOptions, sampling
 
 
 @pytest.fixture
@@ -178,11 +179,14 @@ def test_long_prompts_are_cut_with_a_warning(run):
         (["a cat", "--num-images", "0"], "--num-images must be at least 1, got 0"),
         (["a cat", "--num-images", "-3"], "--num-images must be at least 1, got -3"),
         (["a cat", "--num-images", "1000000000"], f"at most {MOST_PICTURES:,}"),
+        (["a cat", "--num-images", str(10**30)], f"at most {MOST_PICTURES:,}"),
         (["a cat", "--seed", "-1"], "--seed must be from 0"),
         (["a cat", "--guidance-scale", "-1"], "guidance_scale must be a number of at least 0, got -1"),
         (["a cat", "--guidance-scale", "nan"], "guidance_scale must be a number"),
         (["a cat", "--temperature", "-1"], "temperature must be"),
         (["a cat", "--top-k", "-1"], "top_k must be integers from 0"),
+        (["a cat", "--top-k"], "--top-k has no numbers; give one a pass"),
+        (["a cat", "--top-p"], "--top-p has no numbers"),
         (["a cat", "--top-p", "2"], "top_p must be numbers from 0 to 1"),
         (["a cat", "--top-k", "1", "2", "--top-p", "0.5"], "numbers of passes: --top-k 2, --top-p 1"),
         (["a cat", "--steps-per-scale", "0"], "--steps-per-scale must be at least 1, got 0"),
@@ -195,8 +199,9 @@ def test_long_prompts_are_cut_with_a_warning(run):
         (["a cat", "--init-image", "p.png", "--mask", "q.png"], "make them the same size"),
         (["--from", "p.png"], "p.png does not say how it was made"),
         (["--from", "odd.png"], "odd.png: what it says about how it was made is damaged"),
+        (["--from", "deep.png"], "deep.png: what it says about how it was made is damaged"),
         (["--from", "none.png"], "cannot read image none.png"),
-        (["a cat", "--from", "p.png"], "leave out --text"),
+        (["a cat", "--from", "p.png"], "leave out the PROMPT"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, message):
@@ -204,9 +209,10 @@ def test_mistakes_are_one_line(run, arguments, message):
     Path("blank.txt").write_text("\n \n")
     Image.new("RGB", (8, 8)).save("p.png")
     Image.new("RGB", (9, 8), "white").save("q.png")
-    info = PngInfo()
-    info.add_text("tokenflow", '{"prompt": 1}')
-    Image.new("RGB", (8, 8)).save("odd.png", pnginfo=info)
+    for name, text in (("odd.png", '{"prompt": 1}'), ("deep.png", "[" * 100_000)):
+        info = PngInfo()
+        info.add_itxt("tokenflow", text)
+        Image.new("RGB", (8, 8)).save(name, pnginfo=info)
     before = sorted(Path().iterdir())
     result = run("generate", *arguments, "-o", "out", "-m", "{t2i}")
     assert message in the_error(result)
@@ -224,9 +230,9 @@ def test_too_little_memory_is_one_line(run, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("tokenflow.generation.pipeline.TextToImagePipeline.__call__", full)
+    monkeypatch.setattr("tokenflow.generation.modeling.TokenFlowForTextToImage.stream_indices", full)
     error = the_error(run("generate", "a cat", "-o", "out", "-m", "{t2i}", "--num-images", 4))
-    assert "not enough memory for 4 pictures at a time; give a smaller --batch-size" in error
+    assert "not enough memory for 4 pictures; draw fewer, or lower batch_size (--batch-size)" in error
 
 
 def test_a_picture_is_never_drawn_over_what_it_was_made_from(run):

@@ -104,7 +104,7 @@ def read_drawing(path: Path) -> Drawing:
             label=None if found.get("label") is None else int(found["label"]),
             **numbers,
         )
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: what it says about how it was made is damaged ({error!r:.80})") from error
     if drawing.dtype not in ("float32", "bfloat16") or len(drawing.known_codes) != len(drawing.known_mask):
         raise UserError(f"{path}: what it says about how it was made is damaged")
@@ -181,25 +181,18 @@ def draw(
             if first.label is None:
                 what = [drawing.prompt for drawing in batch]
                 how["negative_prompt"] = first.negative_prompt
-            try:
-                with cuts_were_said():
-                    found = pipe(
-                        what,
-                        seed=[drawing.seed for drawing in batch],
-                        guidance_scale=first.guidance_scale,
-                        top_k=first.top_k,
-                        top_p=first.top_p,
-                        temperature=first.temperature,
-                        known=known,
-                        callback=lambda preview: bar.update(len(preview.rows)),
-                        **how,
-                    )
-            except (MemoryError, RuntimeError) as error:
-                if not isinstance(error, MemoryError) and "memory" not in str(error):
-                    raise
-                raise UserError(
-                    f"not enough memory for {len(batch)} pictures at a time; give a smaller --batch-size"
-                ) from error
+            with cuts_were_said():
+                found = pipe(
+                    what,
+                    seed=[drawing.seed for drawing in batch],
+                    guidance_scale=first.guidance_scale,
+                    top_k=first.top_k,
+                    top_p=first.top_p,
+                    temperature=first.temperature,
+                    known=known,
+                    callback=lambda preview: bar.update(len(preview.rows)),
+                    **how,
+                )
             yield from found.images
 
 
@@ -332,8 +325,8 @@ def again(options: GenerateOptions) -> Drawing:
     free = ("output", "from_", "model", "device", "batch_size")
     for field in fields(options):
         if field.name not in free and getattr(options, field.name) != field.default:
-            name = field.name.replace("_", "-")
-            raise UserError(f"--from takes everything from the picture; leave out --{name}")
+            name = "the PROMPT" if field.name == "text" else "--" + field.name.replace("_", "-")
+            raise UserError(f"--from takes everything from the picture; leave out {name}")
     assert options.from_ is not None
     drawing = read_drawing(options.from_)
     default = next(field.default for field in fields(options) if field.name == "model")

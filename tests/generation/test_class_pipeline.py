@@ -44,6 +44,28 @@ def test_previews_known_codes_and_generators(pipe):
     assert torch.equal(pipe([2], seed=drawn.seeds).codes, drawn.codes)
 
 
+def test_numbers_of_numpy(pipe):
+    settings = {
+        "num_images_per_label": np.int64(2),
+        "seed": np.int64(7),
+        "top_k": np.array([9]),
+        "top_p": [0.5],
+    }
+    found = pipe(np.array([3, 1]), **settings)
+    assert found.seeds == [7, 8, 7, 8]
+    expected = pipe([3, 1], num_images_per_label=2, seed=7, top_k=(9,), top_p=(0.5,))
+    assert torch.equal(found.codes, expected.codes)
+
+
+def test_too_little_memory_is_one_line(pipe, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pipe.model, "generate_indices", full)
+    with pytest.raises(UserError, match="not enough memory for 3 pictures"):
+        pipe([1, 2, 3])
+
+
 def test_saved_and_loaded_in_half_precision(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = ClassToImagePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -63,6 +85,8 @@ def test_saved_and_loaded_in_half_precision(pipe, tmp_path):
         ([2**70], {}, "this model knows 0 to 4"),
         (["cat"], {}, "label cat: this model knows 0 to 4"),
         ([1], {"num_images_per_label": 0}, "num_images_per_label must be an integer of at least 1, got 0"),
+        ([1, 2], {"num_images_per_label": 10**12}, "pictures are too many for one run; draw at most 100,000"),
+        (3.5, {}, "label 3.5: this model knows 0 to 4"),
         ([1], {"output_type": "jpg"}, "output_type must be one of pil, pt, np, codes"),
         ([1], {"seed": 1, "generator": torch.Generator()}, "give seed or generator, not both"),
         ([1, 2], {"generator": [torch.Generator()]}, "one for each of the 2 labels; got 1"),

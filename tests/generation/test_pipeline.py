@@ -107,17 +107,53 @@ def test_long_prompts_are_cut_with_a_warning(pipe):
         ({"prompt": "\ud800"}, "prompt is not valid Unicode text"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer of at least 1, got 0"),
         ({"num_images_per_prompt": -2}, "at least 1, got -2"),
+        ({"num_images_per_prompt": True}, "at least 1, got True"),
+        ({"num_images_per_prompt": 10**12}, "1,000,000,000,000 pictures are too many for one run"),
         ({"guidance_scale": -1.0}, "guidance_scale must be"),
         ({"top_k": (1, 2)}, "top_k has 2 entries and top_p 3"),
         ({"seed": [1, 2]}, "one for each of the 1 images; got 2"),
         ({"seed": -1}, "a seed must be an integer from 0"),
         ({"seed": 1.5}, "a seed must be an integer, or a list of one for each image"),
+        ({"seed": ["1"]}, "a seed must be an integer from 0 to .*, got '1'"),
     ],
 )
 def test_what_makes_no_sense(pipe, options, message):
     with pytest.raises(UserError, match=message) as caught:
         pipe(**({"prompt": "a hat"} | options))
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy(pipe):
+    ours = {"num_images_per_prompt": 2, "seed": 3, "top_k": (5,), "top_p": (0.5,), "guidance_scale": 1.0}
+    theirs = {
+        "num_images_per_prompt": np.int64(2),
+        "seed": np.int64(3),
+        "top_k": np.array([5]),
+        "top_p": [np.float32(0.5)],
+        "guidance_scale": np.float32(1),
+    }
+    assert torch.equal(pipe("a hat", **theirs).codes, pipe("a hat", **ours).codes)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")]
+)
+def test_too_little_memory_is_one_line(pipe, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipe.tokenizer, "decode_pixels", full)
+    with pytest.raises(UserError, match="not enough memory for 2 pictures; draw fewer, or lower batch_size"):
+        pipe("a hat", num_images_per_prompt=2)
+
+
+def test_other_errors_of_a_device_stay_what_they_are(pipe, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pipe.tokenizer, "decode_pixels", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pipe("a hat")
 
 
 # ------------------------------------------------------------------------------------------------ editing
@@ -130,7 +166,8 @@ def test_a_variation_keeps_the_first_scales(pipe, photo):
 def test_in_painting_keeps_what_is_black(pipe, photo):
     mask = np.zeros((32, 32), dtype=bool)
     mask[:, 16:] = True
-    for repaint in (mask, mask.astype(np.float32), mask.astype(np.uint8) * 255, Image.fromarray(mask)):
+    bytes_, integers = mask.astype(np.uint8) * 255, mask.astype(np.int64)
+    for repaint in (mask, mask.astype(np.float32), bytes_, integers, integers * 255, Image.fromarray(mask)):
         known = pipe.keep(photo, repaint=repaint)
         assert known.mask[0, 5:].view(4, 4).tolist() == [[True, True, False, False]] * 4
     out = pipe("a hat", known=known, seed=0, output_type="codes").codes
@@ -149,6 +186,12 @@ def test_masks_that_make_no_sense(pipe, photo):
             pipe.keep(photo, **options)
     with pytest.raises(UserError, match="keeps 1 to 2 scales"):
         pipe.keep(photo, scales=3)
+    for scales in ("2", 2.5, True):
+        with pytest.raises(UserError, match=f"scales must be an integer, got {scales!r}"):
+            pipe.keep(photo, scales=scales)
+    for image in ("nofile.png", None):
+        with pytest.raises(UserError, match=f"image must be a PIL image .*, got {image!r}"):
+            pipe.keep(image, scales=1)
 
 
 # ------------------------------------------------------------------------------------------------- saving

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -16,7 +16,9 @@ from tokenflow.generation.pictures import (
     Preview,
     check_output_type,
     known_rows,
+    memory_for,
     picture_seeds,
+    plain,
 )
 from tokenflow.generation.sampler import KnownTokens, ScaleStep
 
@@ -88,29 +90,31 @@ class ClassToImagePipeline(PicturePipeline):
             `.images`, `.codes`, `.seeds`.
 
         Raises:
-            UserError: values that make no sense; the message names them.
+            UserError: values that make no sense; the message names them; too little memory.
         """
         check_output_type(output_type)
-        wanted = [labels] if isinstance(labels, int) else list(labels)
+        labels, images = plain(labels), plain(num_images_per_label)
+        wanted = list(labels) if isinstance(labels, Iterable) else [labels]
         self.check_labels(wanted)
-        seeds = picture_seeds(seed, generator, len(wanted), num_images_per_label, "label")
+        seeds = picture_seeds(seed, generator, len(wanted), images, "label")
 
         def heard(step: ScaleStep) -> None:
             if callback is not None:
                 callback(Preview(step.rows, step.position, step.codes, self))
 
-        codes = self.model.generate_indices(
-            torch.tensor(wanted).repeat_interleave(num_images_per_label),
-            guidance_scale=guidance_scale,
-            top_k=top_k,
-            top_p=top_p,
-            temperature=temperature,
-            seed=seeds,
-            known=known_rows(known, len(seeds)),
-            callback=heard,
-            batch_size=batch_size,
-        )
-        return ImagePipelineOutput(self.decode(codes, output_type), codes, seeds)
+        with memory_for(len(seeds)):
+            codes = self.model.generate_indices(
+                torch.tensor(wanted).repeat_interleave(images),
+                guidance_scale=plain(guidance_scale),
+                top_k=plain(top_k),
+                top_p=plain(top_p),
+                temperature=plain(temperature),
+                seed=seeds,
+                known=known_rows(known, len(seeds)),
+                callback=heard,
+                batch_size=batch_size,
+            )
+            return ImagePipelineOutput(self.decode(codes, output_type), codes, seeds)
 
     def check_labels(self, labels: Sequence[int]) -> None:
         """Raise UserError for no labels at all, or for one that the model does not know."""

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from tokenflow.errors import UserError
+from tokenflow.generation.limits import check_count
 
-MOST_PICTURES = 100_000  # of one run
 MOST_CHARACTERS = 100_000  # of a prompt: all but the first few hundred are cut off anyway
 STEPS = {1: ((1200,), (0.8,)), 2: ((1200, 1), (0.8, 0.0)), 3: ((1200, 100, 1), (0.8, 0.8, 0.0))}  # Tab. 6
 LABEL_STEPS = STEPS | {1: ((900,), (0.96,))}  # VAR's
@@ -80,12 +80,9 @@ class GenerateOptions:
         count = self.num_images
         if count < 1:
             raise UserError(f"--num-images must be at least 1, got {count}")
+        check_count(subjects * count)
         if not 0 <= self.seed <= 2**63 - count:
             raise UserError(f"--seed must be from 0 to 2^63 - {count}, got {self.seed}")
-        if subjects * count > MOST_PICTURES:
-            raise UserError(
-                f"{subjects * count:,} pictures are too many for one run; draw at most {MOST_PICTURES:,}"
-            )
         if self.init_image is None and (self.mask or self.keep_scales is not None):
             raise UserError("--mask and --keep-scales say what to keep of a picture; give --init-image too")
 
@@ -152,8 +149,11 @@ def sampling(options: GenerateOptions) -> tuple[tuple[int, ...], tuple[float, ..
     """`top_k` and `top_p` of each pass, from the three options that decide them.
 
     Raises:
-        UserError: they contradict each other.
+        UserError: they contradict each other, or one of them has no numbers.
     """
+    for name, numbers in (("--top-k", options.top_k), ("--top-p", options.top_p)):
+        if numbers == ():
+            raise UserError(f"{name} has no numbers; give one a pass, or leave it out")
     given = {
         "--steps-per-scale": options.steps_per_scale,
         "--top-k": None if options.top_k is None else len(options.top_k),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
@@ -20,6 +21,7 @@ from tokenflow.errors import UserError
 from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 from tokenflow.generation.editing import keep_outside, keep_scales
+from tokenflow.generation.limits import check_count
 from tokenflow.generation.sampler import KnownTokens, seeds_for
 from tokenflow.tokenizer.image_processing import TokenFlowImageProcessor
 from tokenflow.tokenizer.modeling import TokenFlowModel
@@ -29,6 +31,7 @@ OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 IMAGE_TOKENIZER = "tokenizer"  # its subfolder
 SAME_CODES = 2e-3  # what half precision may move a code vector by
 DECODED_AT_A_TIME = 8
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as PyTorch's devices say it
 # For those who took one kind of model for the other.
 DRAWS_FROM = {
     TokenFlowTextToImageConfig.model_type: "prompts; use TextToImagePipeline, or `generate PROMPT`",
@@ -162,14 +165,20 @@ class PicturePipeline(PushToHubMixin):
         Args:
             image: the picture.
             repaint: in-painting and out-painting: a picture or array `[H, W]` of the same size; white (True,
-                above half) is painted anew, black stays.
+                above half of 1, or of 255 where integers exceed 1) is painted anew, black stays.
             scales: a variation: how many of the first scales stay.
 
         Raises:
-            UserError: not exactly one of `repaint` and `scales`; a mask of another size; see `editing`.
+            UserError: no picture; not exactly one of `repaint` and `scales`; a mask of another size; see
+                `editing`.
         """
+        if not isinstance(image, Image.Image):
+            raise UserError(f"image must be a PIL image (Image.open reads files), got {image!r:.80}")
         if (repaint is None) == (scales is None):
             raise UserError("give repaint (a mask) or scales (how many to keep), one of them")
+        scales = plain(scales)
+        if scales is not None and not _is_integer(scales):
+            raise UserError(f"scales must be an integer, got {scales!r:.80}")
         sides = self.model.config.scales
         codes = self.tokenizer.encode(self._pixels(image)).indices
         if repaint is None:
@@ -205,6 +214,26 @@ def check_output_type(output_type: str) -> None:
         raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
 
+def plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy and PyTorch, alone or in a list, as Python's own; the rest as it is."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return value.tolist()
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextmanager
+def memory_for(pictures: int) -> Iterator[None]:
+    """Raise UserError where memory ends inside the block, which draws that many pictures."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in NO_MEMORY):
+            raise
+        raise UserError(
+            f"not enough memory for {pictures:,} pictures; draw fewer, or lower batch_size (--batch-size)"
+        ) from error
+
+
 def picture_seeds(
     seed: int | Sequence[int] | None,
     generator: torch.Generator | Sequence[torch.Generator] | None,
@@ -218,10 +247,12 @@ def picture_seeds(
         what: a subject is, for messages: prompt or label.
 
     Raises:
-        UserError: seeds and generators, the wrong number of them, or a number of images that makes no sense.
+        UserError: seeds and generators, the wrong number of them, a seed that is no integer, or a number of
+            images that makes no sense.
     """
-    if not isinstance(images, int) or images < 1:
-        raise UserError(f"num_images_per_{what} must be an integer of at least 1, got {images!r}")
+    if not _is_integer(images) or images < 1:
+        raise UserError(f"num_images_per_{what} must be an integer of at least 1, got {images!r:.80}")
+    check_count(subjects * images)
     if generator is not None:
         if seed is not None:
             raise UserError("give seed or generator, not both")
@@ -231,7 +262,15 @@ def picture_seeds(
                 f"give one generator, or one for each of the {subjects} {what}s; got {len(generators)}"
             )
         seed = [int(torch.randint(2**32, (), generator=g, device=g.device)) for g in generators]
-    return [s + j for s in seeds_for(seed, subjects) for j in range(images)]
+    seeds = seeds_for(plain(seed), subjects)
+    for each in seeds:
+        if not _is_integer(each):
+            raise UserError(f"a seed must be an integer from 0 to 2**64 - 1, got {each!r:.80}")
+    return [each + j for each in seeds for j in range(images)]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def known_rows(known: KnownTokens | None, total: int) -> KnownTokens | None:
@@ -244,7 +283,7 @@ def known_rows(known: KnownTokens | None, total: int) -> KnownTokens | None:
 
 def _mask_picture(mask: np.ndarray) -> Image.Image:
     mask = np.asarray(mask)
-    if mask.ndim != 2 or mask.dtype.kind not in "buf":
+    if mask.ndim != 2 or mask.size == 0 or mask.dtype.kind not in "buif":
         raise UserError(f"the mask must be a picture or an array [H, W], got {list(mask.shape)} {mask.dtype}")
-    white = mask if mask.dtype == bool else mask > (127 if mask.dtype.kind == "u" else 0.5)
-    return Image.fromarray(white.astype(np.uint8) * 255)
+    half = 127 if mask.dtype.kind in "ui" and mask.max() > 1 else 0.5
+    return Image.fromarray((mask > half).astype(np.uint8) * 255)

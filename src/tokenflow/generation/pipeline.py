@@ -20,10 +20,12 @@ from tokenflow.generation.pictures import (
     Preview,
     check_output_type,
     known_rows,
+    memory_for,
     picture_seeds,
+    plain,
 )
 from tokenflow.generation.prompt import encode_prompts, prompt_lengths
-from tokenflow.generation.sampler import KnownTokens
+from tokenflow.generation.sampler import KnownTokens, ScaleStep
 from tokenflow.tokenizer.modeling import TokenFlowModel
 
 
@@ -115,7 +117,7 @@ class TextToImagePipeline(PicturePipeline):
             `.images`, `.codes`, `.seeds`.
 
         Raises:
-            UserError: values that make no sense; the message names them.
+            UserError: values that make no sense; the message names them; too little memory.
         """
         check_output_type(output_type)
         # 1. A row and a seed for each picture
@@ -127,17 +129,19 @@ class TextToImagePipeline(PicturePipeline):
             "top_k": top_k,
             "top_p": top_p,
             "temperature": temperature,
+            "batch_size": batch_size,
         }
         done = []
-        for step in self.model.stream_indices(**rows, **settings, batch_size=batch_size):
-            if callback is not None:
-                callback(Preview(step.rows, step.position, step.codes, self))
-            if step.position == len(self.model.config.scales) - 1:
-                done.append(step.codes)
-        codes = torch.cat(done)
+        with memory_for(len(rows["seed"])):
+            for step in self._steps(rows, settings):
+                if callback is not None:
+                    callback(Preview(step.rows, step.position, step.codes, self))
+                if step.position == len(self.model.config.scales) - 1:
+                    done.append(step.codes)
+            codes = torch.cat(done)
 
-        # 3. Pictures
-        return ImagePipelineOutput(self.decode(codes, output_type), codes, rows["seed"])
+            # 3. Pictures
+            return ImagePipelineOutput(self.decode(codes, output_type), codes, rows["seed"])
 
     def stream(
         self,
@@ -152,8 +156,12 @@ class TextToImagePipeline(PicturePipeline):
     ) -> Iterator[Preview]:
         """The same as an iterator: a `Preview` after each scale. `settings` are those of `stream_indices`."""
         rows = self._rows(prompt, negative_prompt, num_images_per_prompt, seed, generator, known)
-        for step in self.model.stream_indices(**rows, **settings):
-            yield Preview(step.rows, step.position, step.codes, self)
+        with memory_for(len(rows["seed"])):
+            for step in self._steps(rows, settings):
+                yield Preview(step.rows, step.position, step.codes, self)
+
+    def _steps(self, rows: dict[str, Any], settings: dict[str, Any]) -> Iterator[ScaleStep]:
+        return self.model.stream_indices(**rows, **{name: plain(value) for name, value in settings.items()})
 
     def _rows(
         self,
@@ -165,6 +173,7 @@ class TextToImagePipeline(PicturePipeline):
         known: KnownTokens | None,
     ) -> dict[str, Any]:
         """What each picture is made from, as `stream_indices` takes it."""
+        images = plain(images)
         prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative_prompt or "")
         if len(negatives) not in (1, len(prompts)):
             raise UserError(f"give 1 or {len(prompts)} negative prompts, got {len(negatives)}")
