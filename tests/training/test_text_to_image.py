@@ -309,6 +309,30 @@ def test_a_half_written_checkpoint_is_passed_over(recipe, tmp_path):
     assert [line["step"] for line in log_of(recipe) if "loss" in line] == [1, 2, 3, 4]
 
 
+def test_a_run_keeps_its_image_tokenizer_and_its_sizes(recipe, other_model_folder):
+    recipe = replace(recipe, steps=1, data=replace(recipe.data, eval_sources=()))
+    export = train_text_to_image(recipe).export.resolve()
+    other = replace(recipe.model, tokenizer=str(other_model_folder))
+    with pytest.raises(UserError, match=r"codes of another image tokenizer .*other --output-dir starts anew"):
+        train_text_to_image(replace(recipe, steps=2, model=other))
+    for steps, sizes, what in (
+        (2, {"layers": 1}, "num_hidden_layers 2, not 1"),
+        (1, {"layers": 1}, "num_hidden_layers 2, not 1"),  # though there is nothing left to do
+        (2, {"hidden_size": 48, "heads": 3}, "hidden_size 32, not 48"),
+        (2, {"heads": 4}, "num_attention_heads 2, not 4"),
+    ):
+        with pytest.raises(UserError, match=f"{what}; another --output-dir starts anew"):
+            train_text_to_image(replace(recipe, steps=steps, model=replace(recipe.model, **sizes)))
+    by_class = ClassToImageRecipe(
+        model=ClassModelRecipe(tokenizer=recipe.model.tokenizer, depth=1, num_classes=4),
+        data=recipe.data,
+        output_dir=recipe.output_dir,
+    )
+    with pytest.raises(UserError, match="model_type tokenflow_text_to_image, not tokenflow_class_to_image"):
+        train_text_to_image(by_class)
+    assert (Path(recipe.output_dir) / "export").resolve() == export
+
+
 def test_ctrl_c_stops_with_a_checkpoint(recipe, monkeypatch):
     original = text_to_image.noisy_codes
     monkeypatch.setattr(
@@ -345,6 +369,18 @@ def test_images_are_tokenized_on_the_fly(recipe, tmp_path):
     items = [on_the_fly[draw] for draw in on_the_fly.in_order(None)]
     assert np.array_equal(items[2]["pixels"], items[3]["pixels"])  # the next one in place of the broken one
     assert items[2]["caption"] == ""  # no templates given here
+
+
+def test_a_start_from_a_model_of_another_kind_is_refused(recipe, small_model_folder):
+    name = str(small_model_folder)
+    message = "cannot start from .*: its config says model_type 'tokenflow', not 'tokenflow_{}_to_image'"
+    with pytest.raises(UserError, match=message.format("text")):
+        train_text_to_image(replace(recipe, model=replace(recipe.model, init_from=name)))
+    by_class = ClassModelRecipe(tokenizer=name, init_from=name)
+    with pytest.raises(UserError, match=message.format("class")):
+        train_text_to_image(
+            ClassToImageRecipe(model=by_class, data=recipe.data, output_dir=recipe.output_dir)
+        )
 
 
 def test_going_on_from_a_language_model_or_a_bundled_one(recipe, tmp_path, monkeypatch):
@@ -389,6 +425,23 @@ def test_class_conditional_run(recipe, small_model_folder, tmp_path):
     few = replace(by_class, model=replace(by_class.model, num_classes=2), output_dir=str(tmp_path / "few"))
     with pytest.raises(UserError, match=r"a row has label \d; this model learns classes 0 to 1"):
         train_text_to_image(few)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("caption_dropout", -1), ("first_sentence", 7), ("token_noise", -3), ("token_noise", float("nan"))],
+)
+def test_shares_are_from_0_to_1(name, value):
+    with pytest.raises(UserError, match=f"{name}={value} is a share; it must be from 0 to 1"):
+        GenerationData(**{name: value})
+
+
+def test_edges_of_the_shares():
+    GenerationData(caption_dropout=1, first_sentence=1, token_noise=0.99)
+    with pytest.raises(UserError, match="token_noise=1 leaves the model no code to go by"):
+        GenerationData(token_noise=1)
+    with pytest.raises(UserError, match="class_dropout=2 is a share"):
+        ClassModelRecipe(class_dropout=2)
 
 
 def test_recipes_state_the_papers_values():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tokenflow.bundled import resolve
 from tokenflow.codec import Loaded, load
@@ -17,12 +17,28 @@ from tokenflow.errors import UserError
 from tokenflow.generation.class_conditional import TokenFlowClassToImageConfig, TokenFlowForClassToImage
 from tokenflow.generation.configuration import TokenFlowTextToImageConfig
 from tokenflow.generation.modeling import TokenFlowForTextToImage
-from tokenflow.generation.pictures import IMAGE_TOKENIZER
+from tokenflow.generation.pictures import IMAGE_TOKENIZER, model_kind
 from tokenflow.generation.prompt import encode_prompts, marker_ids
 from tokenflow.hub import check_model
+from tokenflow.tokenizer.modeling import TokenFlowModel
+from tokenflow.tokenizer.token_file import tokenizer_fingerprint
 from tokenflow.training.generation_data import ClassCollator, GenerationRows, PromptCollator
 from tokenflow.training.text_to_image_recipe import ClassModelRecipe, LanguageModelRecipe
 from tokenflow.training.text_tokenizer import train_text_tokenizer
+
+# What a run cannot change about its model when it goes on, as the configurations call it.
+FIXED = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_text_tokens",
+    "depth",
+    "num_classes",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ def build_generator(
     source = recipe.init_from or recipe.language_model
     try:
         if recipe.init_from is not None:
-            start = resolve(recipe.init_from)
+            start = _of_kind(recipe.init_from, TokenFlowTextToImageConfig.model_type)
             text_tokenizer = AutoTokenizer.from_pretrained(start)
             model = TokenFlowForTextToImage.from_pretrained(start)
             model.set_codebooks(image_tokenizer.model)
@@ -111,6 +127,34 @@ def build_generator(
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load language model {source}: {str(error).splitlines()[0]}") from error
     return Generator(model, image_tokenizer, text_tokenizer)
+
+
+def check_same_tokenizer(export: Path, fingerprint: str, name: str) -> None:
+    """Raise UserError unless the run that made `export` goes on with the tokens that it learned.
+
+    Args:
+        fingerprint: `tokenizer_fingerprint` of the image tokenizer called `name`.
+    """
+    before = tokenizer_fingerprint(TokenFlowModel.from_pretrained(export / IMAGE_TOKENIZER))
+    if before != fingerprint:
+        raise UserError(
+            f"the run learned the codes of another image tokenizer (fingerprint {before[:12]}) than {name} "
+            f"(fingerprint {fingerprint[:12]}); another --output-dir starts anew"
+        )
+
+
+def check_same_sizes(export: Path, model: PreTrainedModel) -> None:
+    """Raise UserError, naming what differs, unless the run that made `export` can go on with `model`."""
+    before, now = (
+        values.get("text_config", {}) | values
+        for values in (AutoConfig.from_pretrained(export).to_dict(), model.config.to_dict())
+    )
+    for name in FIXED:
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"the run's model has {name} {before.get(name)}, not {now.get(name)}; "
+                "another --output-dir starts anew"
+            )
 
 
 def new_language_model(
@@ -157,10 +201,21 @@ def _own_text_tokenizer(recipe: LanguageModelRecipe, rows: GenerationRows, folde
     return AutoTokenizer.from_pretrained(kept)
 
 
+def _of_kind(name: str, kind: str) -> str:
+    """Where the model `name` is. Raises UserError if its configuration is not of the model type `kind`."""
+    place = resolve(name)
+    if (found := model_kind(place)) != kind:
+        raise UserError(f"cannot start from {name}: its config says model_type {found!r}, not {kind!r}")
+    return place
+
+
 def _class_model(recipe: ClassModelRecipe, image_tokenizer: Loaded) -> TokenFlowForClassToImage:
     if recipe.init_from is not None:
         try:
-            model = TokenFlowForClassToImage.from_pretrained(recipe.init_from, dtype=torch.float32)
+            start = _of_kind(recipe.init_from, TokenFlowClassToImageConfig.model_type)
+            model = TokenFlowForClassToImage.from_pretrained(start, dtype=torch.float32)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             message = str(error).splitlines()[0]
             raise UserError(f"cannot load class model {recipe.init_from}: {message}") from error

@@ -37,7 +37,13 @@ from tokenflow.training.callbacks import (
 )
 from tokenflow.training.generation_callbacks import Averaging, Samples
 from tokenflow.training.generation_data import GenerationRows
-from tokenflow.training.generation_models import Generator, build_generator, load_image_tokenizer
+from tokenflow.training.generation_models import (
+    Generator,
+    build_generator,
+    check_same_sizes,
+    check_same_tokenizer,
+    load_image_tokenizer,
+)
 from tokenflow.training.muon import MuonAdamW, muon_groups
 from tokenflow.training.progress import StopRequest, cosine
 from tokenflow.training.sharding import check_deepspeed, check_sharding, sharding_options, whole_weights
@@ -67,12 +73,16 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
     """Train a generator by a recipe; goes on from the newest checkpoint in its output folder.
 
     Raises:
-        UserError: no sources, sources of another tokenizer, a model that cannot be loaded, a place that
-            cannot be written to.
+        UserError: no sources, sources of another tokenizer, a model that cannot be loaded or is not the
+            one that the run began with, a place that cannot be written to.
     """
     folder, data = Path(recipe.output_dir), recipe.data
     arguments = training_arguments(recipe)  # joins the other processes, if there are any
     image_tokenizer = load_image_tokenizer(recipe.model.tokenizer)
+    fingerprint = tokenizer_fingerprint(image_tokenizer.model)
+    last = latest_checkpoint(folder)
+    if last is not None:
+        check_same_tokenizer(last / "export", fingerprint, recipe.model.tokenizer)
     options = {"image_size": image_tokenizer.model.config.image_size, "seed": recipe.seed}
     train_rows = GenerationRows(
         [Source.parse(text, split=data.split) for text in data.sources],
@@ -87,7 +97,6 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
     if data.eval_sources:
         sources = [Source.parse(text, split=data.eval_split) for text in data.eval_sources]
         eval_rows = GenerationRows(sources, train=False, label_templates=data.label_templates, **options)
-    fingerprint = tokenizer_fingerprint(image_tokenizer.model)
     for rows in filter(None, (train_rows, eval_rows)):
         rows.check_tokenizer(fingerprint, recipe.model.tokenizer)
     if recipe.deepspeed and recipe.optimizer.ema_decay:
@@ -98,12 +107,13 @@ def train_text_to_image(recipe: Recipe) -> TrainResult:
         raise write_error(folder, error) from error
     with arguments.main_process_first():  # it writes the text tokenizer that the others read
         generator = build_generator(recipe.model, image_tokenizer, train_rows, folder, recipe.seed)
+    if last is not None:
+        check_same_sizes(last / "export", generator.model)
     if isinstance(recipe, TextToImageRecipe):
         generator.model.set_attn_implementation(attention_for(recipe, generator.model, arguments.device))
     if recipe.compile:
         compile_layers(generator.model)
     trainer = GenerationTrainer(recipe, arguments, generator, train_rows, eval_rows)
-    last = latest_checkpoint(folder)
     if last is not None and int(last.name.split("-")[1]) >= recipe.steps:
         return TrainResult(recipe.steps, "steps", folder / "export")
     minutes = recipe.max_minutes

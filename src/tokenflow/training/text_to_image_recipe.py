@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from tokenflow.errors import UserError
 from tokenflow.training.recipe import check_counts
+
+
+def check_shares(recipe: Any, *names: str) -> None:
+    """Raise a UserError where a field of a recipe that is a share is not from 0 to 1."""
+    for name in names:
+        value = getattr(recipe, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}={value} is a share; it must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ class ClassModelRecipe:
     class_dropout: float = 0.1
     """share of the labels that are hidden, for classifier-free guidance"""
 
+    def __post_init__(self) -> None:
+        check_shares(self, "class_dropout")
+
 
 @dataclass(frozen=True)
 class GenerationData:
@@ -118,10 +129,14 @@ class GenerationData:
     extra_templates: tuple[str, ...] = ()
     """captions that images and token shards with a class name have beside their own"""
     token_noise: float = 0.0
-    """replace up to this share of the codes that the model sees, not of those it learns, by random ones"""
+    """replace up to this share (less than 1) of the codes that the model sees, not of those it learns, by
+    random ones"""
 
     def __post_init__(self) -> None:
         check_counts(self)
+        check_shares(self, "caption_dropout", "first_sentence", "token_noise")
+        if self.token_noise == 1:
+            raise UserError("token_noise=1 leaves the model no code to go by; it must be less than 1")
 
 
 @dataclass(frozen=True)
