@@ -438,7 +438,7 @@ def test_shares_are_from_0_to_1(name, value):
 
 def test_edges_of_the_shares():
     GenerationData(caption_dropout=1, first_sentence=1, token_noise=0.99)
-    with pytest.raises(UserError, match="token_noise=1 leaves the model no code to go by"):
+    with pytest.raises(UserError, match="token_noise=1 must be less than 1"):
         GenerationData(token_noise=1)
     with pytest.raises(UserError, match="class_dropout=2 is a share"):
         ClassModelRecipe(class_dropout=2)

@@ -136,7 +136,7 @@ class GenerationData:
         check_counts(self)
         check_shares(self, "caption_dropout", "first_sentence", "token_noise")
         if self.token_noise == 1:
-            raise UserError("token_noise=1 leaves the model no code to go by; it must be less than 1")
+            raise UserError("token_noise=1 must be less than 1, or the model may see no true code")
 
 
 @dataclass(frozen=True)
