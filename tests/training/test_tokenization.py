@@ -24,7 +24,7 @@ from tokenflow import TokenFlowModel
 from tokenflow.data.crops import center_crop
 from tokenflow.data.images import read_image
 from tokenflow.data.sources import Source
-from tokenflow.data.token_shards import holds_tokens, open_tokens, read_info
+from tokenflow.data.token_shards import holds_tokens, open_tokens, read_info, write_shard
 from tokenflow.errors import UserError
 from tokenflow.tokenizer.token_file import tokenizer_fingerprint
 from tokenflow.training.text_to_image_recipe import TokenizeOptions
@@ -164,6 +164,55 @@ def test_sources_with_mixed_tokenizers_are_refused(options, other_model_folder):
         open_tokens(Source(str(options.output / "pack")))
 
 
+def test_shards_of_a_run_of_another_count_are_refused(options, pack, other_model_folder, tmp_path):
+    tokenize(options)
+    before = digests(options.output)
+    for change in ({"shard_rows": 5}, {"shard_rows": 5, "model": str(other_model_folder)}):
+        with pytest.raises(
+            UserError, match=r"none of the 2 of this run, such as train-00000-of-00003.*delete"
+        ):
+            tokenize(replace(options, **change))
+    assert digests(options.output) == before
+    other = replace(options, output=tmp_path / "other", shard_rows=5)
+    tokenize(other)
+    for file in (other.output / "pack").iterdir():
+        file.rename(options.output / "pack" / file.name)
+    with pytest.raises(UserError, match=r"train shards of 2 runs, such as train-00000-of-00002.*of-00003"):
+        open_tokens(Source(str(options.output)))
+
+
+def test_a_set_that_lacks_shards_is_refused(options, pack):
+    tokenize(options)
+    folder = options.output / "pack"
+    (folder / "train-00001-of-00003.parquet").unlink()
+    again = f"lacks 1 of 3 train shards; .*`tokenflow tokenize {pack} --split train -o {options.output}`"
+    with pytest.raises(UserError, match=again):
+        open_tokens(Source(str(folder)))
+    one, _ = open_tokens(Source(str(folder / "train-00000-of-00003.parquet")))  # on purpose
+    assert len(one.dataset) == 4
+
+
+def test_shards_of_changed_images_are_refused(options, pack, tmp_path):
+    copy = tmp_path / "copy" / "pack"
+    copy.mkdir(parents=True)
+    table = pq.read_table(pack / "train.parquet")
+    pq.write_table(table, copy / "train.parquet")
+    options = replace(options, data=(str(copy),))
+    tokenize(options)
+    pq.write_table(table.slice(0, 9), copy / "train.parquet")  # the last shard is one image shorter
+    with pytest.raises(UserError, match=r"train-00002.* made of other images \(2 rows, .* has now \(1 rows"):
+        tokenize(options)
+    pq.write_table(table.take([9, *range(1, 10)]), copy / "train.parquet")
+    with pytest.raises(UserError, match=r"train-00000.* made of other images"):
+        tokenize(options)
+    file = options.output / "pack" / "train-00000-of-00003.parquet"
+    info = read_info(file)
+    older = {key: value for key, value in info.made.items() if key != "content"}
+    write_shard(file, pq.read_table(file).to_pylist(), replace(info, made=older))
+    assert tokenize(options).new == 0
+    assert len(open_tokens(Source(str(options.output)))[0].dataset) == 9
+
+
 def test_streams_give_a_shard_a_file(options, tmp_path):
     folder = tmp_path / "stream"
     folder.mkdir()
@@ -177,6 +226,11 @@ def test_streams_give_a_shard_a_file(options, tmp_path):
     streamed = replace(options, data=(str(folder),), streaming=True)
     assert tokenize(streamed).images == 6
     assert [row["captions"] for row in rows_of(streamed)] == [[f"picture {i}"] for i in (0, 1, 2)] * 2
+    assert tokenize(streamed).new == 0
+    os.replace(folder / "train-0.tar", folder / "train-1.tar")
+    (folder / "train-0.tar").write_bytes((folder / "train-1.tar").read_bytes())
+    with pytest.raises(UserError, match=r"train-00001.* made of other images"):
+        tokenize(streamed)
 
 
 START = "import sys; from tokenflow.cli import main; sys.exit(main())"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,7 +37,7 @@ class ShardInfo:
         model: the name or path that the tokenizer was loaded by.
         fingerprint: `tokenizer_fingerprint` of that model.
         codebook_size, scales, image_size: of that model.
-        made: what else fixes the content: source, rows, crops, flips, seed, templates.
+        made: what else fixes the content: source, its images, rows, crops, flips, seed, templates.
         skipped: one line for each image that could not be read.
     """
 
@@ -120,7 +122,8 @@ def open_tokens(source: Source) -> tuple[OpenSource, ShardInfo]:
     """Open token shards for random access: a `datasets` data set of their rows, and what made them.
 
     Raises:
-        UserError: no such files, no token shards, shards of several tokenizers in one source, some missing.
+        UserError: no such files, no token shards, shards of several tokenizers or of several runs in one
+            source, some of a folder missing.
     """
     files = local_files(source)
     if not files:
@@ -133,7 +136,35 @@ def open_tokens(source: Source) -> tuple[OpenSource, ShardInfo]:
                 f"{source} mixes tokenizers: {first_file} has fingerprint {info.fingerprint[:12]}, "
                 f"{file} has {other.fingerprint[:12]}; tokenize again into an empty folder"
             )
+    _check_complete(source, infos)
     return open_source(replace(source, image_column="codes", streaming=False)), info
+
+
+def _check_complete(source: Source, infos: Mapping[str, ShardInfo]) -> None:
+    """Raise UserError for files of runs of different numbers of shards, or a folder that lacks some."""
+    # of each folder and split, the files by the count in their names
+    sets: dict[tuple[Path, str], dict[int, list[str]]] = {}
+    for file in infos:
+        path = Path(file)
+        if match := re.fullmatch(r"(.+)-\d+-of-(\d+)", path.stem):
+            sets.setdefault((path.parent, match[1]), {}).setdefault(int(match[2]), []).append(file)
+    for (folder, split), counts in sets.items():
+        if len(counts) > 1:
+            names = " and ".join(Path(files[0]).name for files in counts.values())
+            raise UserError(
+                f"{folder} holds the {split} shards of {len(counts)} runs, such as {names}; "
+                "delete those of all but one"
+            )
+        ((count, files),) = counts.items()
+        if len(files) < count and Path(source.path_or_name).expanduser().is_dir():
+            data = re.sub(r" \(\w+\)$", "", infos[files[0]].made.get("source", "DATASET"))
+            command = (
+                f"tokenflow tokenize {shlex.quote(data)} --split {split} -o {shlex.quote(str(folder.parent))}"
+            )
+            raise UserError(
+                f"{folder} lacks {count - len(files)} of {count} {split} shards; make them with `{command}` "
+                "and the other options of the first run"
+            )
 
 
 def captions_of(row: Mapping[str, Any], templates: Iterable[str]) -> list[str]:

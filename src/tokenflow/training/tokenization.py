@@ -11,6 +11,7 @@ What is notable:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import random
@@ -69,8 +70,8 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     """Make the token shards of the options' data sets; what is finished already stays.
 
     Raises:
-        UserError: a source cannot be opened; the folder holds shards of another tokenizer or other options;
-            a place cannot be written to; a worker was killed; a count that makes no sense.
+        UserError: a source cannot be opened; the folder holds shards of another tokenizer, other options or
+            other images; a place cannot be written to; a worker was killed; a count that makes no sense.
     """
     if not options.data:
         raise UserError("nothing to tokenize; name at least one data set")
@@ -80,7 +81,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeResult:
     sources = [Source.parse(text, split=options.split, streaming=options.streaming) for text in options.data]
     shards = [shard for source in sources for shard in _plan(source, sources, options)]
     maker = ShardMaker(options)
-    missing = [shard for shard in shards if not _is_finished(shard, maker.info(shard))]
+    missing = [shard for shard in shards if not _is_finished(shard, maker)]
     for folder in {Path(shard.path).parent for shard in shards}:
         for leftover in folder.glob(f".{split_of(sources[0])}-*.parquet"):  # of a run that was killed
             leftover.unlink(missing_ok=True)
@@ -112,7 +113,7 @@ class ShardMaker:
         self._opened: dict[Source, OpenSource] = {}
 
     def info(self, shard: Shard) -> ShardInfo:
-        """What identifies the shard's content before it is made."""
+        """The tokenizer and the options that the shard is made with."""
         config, options = self.loaded.model.config, self.options
         made = {"source": str(shard.source), "number": shard.number, "of": shard.total, "rows": shard.rows}
         made |= {"crops": options.crops, "flip": options.flip, "seed": options.seed}
@@ -125,6 +126,24 @@ class ShardMaker:
             image_size=config.image_size,
             made=made,
         )
+
+    def content(self, shard: Shard) -> str:
+        """Tells the images from others without reading all: how many, and a hash of the first and last.
+
+        Of a stream, whose end is not known before it is read, only the first.
+        """
+        opened = self._open(shard.source)
+        if shard.source.streaming:
+            count, ends = "?", list(islice(self._rows(shard), 1))
+        else:
+            dataset: Any = opened.dataset
+            places = self._places(shard)
+            count, ends = str(len(places)), [(place, dataset[place]) for place in (places[0], places[-1])]
+        digest = hashlib.sha256()
+        for place, values in ends:
+            digest.update(repr(self._texts(opened, place, values)).encode())
+            digest.update(_image_bytes(values[opened.image_column]))
+        return f"{count} rows, {digest.hexdigest()[:16]}"
 
     def __call__(
         self,
@@ -143,7 +162,8 @@ class ShardMaker:
             rows += made
             skipped += broken
             progress(len(made))
-        info = replace(info, made={**info.made, "images": len(rows)}, skipped=skipped)
+        made_of = {"content": self.content(shard), "images": len(rows)}
+        info = replace(info, made=info.made | made_of, skipped=skipped)
         write_shard(shard.path, rows, info)
         return len(rows)
 
@@ -152,7 +172,6 @@ class ShardMaker:
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """A batch of rows, each with its place, to rows of a shard and a line for each broken image."""
         opened = self._open(source)
-        names = opened.label_names()
         pictures: list[Image.Image] = []
         rows: list[dict[str, Any]] = []
         skipped = []
@@ -164,18 +183,8 @@ class ShardMaker:
             except ImageError as error:
                 skipped.append(str(error))
                 continue
-            label = values.get("label")
-            label = label if isinstance(label, int) else None
-            if names is not None and label is not None and label >= 0 and not values.get("label_name"):
-                values = {**values, "label_name": names[label]}
-            row = {
-                "captions": captions_of(values, self.options.label_templates),
-                "label": label,
-                "label_name": values.get("label_name"),
-                "row": place,
-            }
             pictures += views
-            rows += [row] * len(views)
+            rows += [self._texts(opened, place, values)] * len(views)
         if not pictures:
             return [], skipped
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
@@ -183,6 +192,19 @@ class ShardMaker:
         with torch.inference_mode():
             codes = self.loaded.model.encode(pixels).indices.cpu().numpy()
         return [{**row, "codes": line} for row, line in zip(rows, codes, strict=True)], skipped
+
+    def _texts(self, opened: OpenSource, place: int, values: dict[str, Any]) -> dict[str, Any]:
+        """A row of a shard but for its codes."""
+        names, label = opened.label_names(), values.get("label")
+        label = label if isinstance(label, int) else None
+        if names is not None and label is not None and label >= 0 and not values.get("label_name"):
+            values = {**values, "label_name": names[label]}
+        return {
+            "captions": captions_of(values, self.options.label_templates),
+            "label": label,
+            "label_name": values.get("label_name"),
+            "row": place,
+        }
 
     def _views(self, image: Image.Image, place: int) -> Iterator[Image.Image]:
         """The centre crop and the random crops, each followed by its mirror image if that is wanted."""
@@ -205,9 +227,13 @@ class ShardMaker:
             piece = dataset.shard(shard.total, shard.number)
             yield from enumerate(stream_rows(shard.source, piece))
             return
-        start = shard.number * shard.rows
-        for place in range(start, min(start + shard.rows, len(dataset))):
+        for place in self._places(shard):
             yield place, dataset[place]
+
+    def _places(self, shard: Shard) -> range:
+        dataset: Any = self._open(shard.source).dataset
+        start = shard.number * shard.rows
+        return range(start, min(start + shard.rows, len(dataset)))
 
 
 def _plan(source: Source, sources: list[Source], options: TokenizeOptions) -> Iterator[Shard]:
@@ -222,8 +248,14 @@ def _plan(source: Source, sources: list[Source], options: TokenizeOptions) -> It
     if count == 0:
         raise UserError(f"{source} has no rows")
     rows = 0 if source.streaming else options.shard_rows
-    for number in range(count):
-        path = shard_path(Path(options.output) / name, split_of(source), number, count)
+    folder, split = Path(options.output) / name, split_of(source)
+    paths = [shard_path(folder, split, number, count) for number in range(count)]
+    if others := sorted(set(folder.glob(f"{split}-*-of-*.parquet")) - set(paths)):
+        raise UserError(
+            f"{folder} holds shards that are none of the {count} of this run, such as {others[0].name}; "
+            "delete them or choose another --output"
+        )
+    for number, path in enumerate(paths):
         yield Shard(source, str(path), number, count, rows)
 
 
@@ -236,11 +268,20 @@ def _name(source: Source) -> str:
     return path.name
 
 
-def _is_finished(shard: Shard, info: ShardInfo) -> bool:
+def _image_bytes(value: Any) -> bytes:
+    """The encoded image of an undecoded column; of one that is elsewhere, its address."""
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str) and os.path.isfile(value):
+        return Path(value).read_bytes()
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+def _is_finished(shard: Shard, maker: ShardMaker) -> bool:
     """Whether the shard is there already; a UserError if what is there is something else."""
     if not os.path.exists(shard.path):
         return False
-    there = read_info(shard.path)
+    there, info = read_info(shard.path), maker.info(shard)
     if there.fingerprint != info.fingerprint:
         raise UserError(
             f"{shard.path} was made by tokenizer {there.model!r} (fingerprint {there.fingerprint[:12]}), not "
@@ -252,6 +293,12 @@ def _is_finished(shard: Shard, info: ShardInfo) -> bool:
                 f"{shard.path} was made with {key} {there.made.get(key)}, not {value}; "
                 "choose another --output or delete it"
             )
+    content = there.made.get("content")  # older shards do not state it
+    if content is not None and content != (now := maker.content(shard)):
+        raise UserError(
+            f"{shard.path} was made of other images ({content}) than {shard.source} has now ({now}); "
+            "choose another --output or delete it"
+        )
     return True
 
 
