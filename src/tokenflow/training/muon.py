@@ -27,10 +27,9 @@ def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
     x = matrices.bfloat16()
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
-    add_product = torch.addmm if wide.ndim == 2 else torch.baddbmm
     for _ in range(rounds):
         gram = wide @ wide.mT
-        wide = add_product(wide, add_product(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
     return (wide if x.shape[-2] <= x.shape[-1] else wide.mT).to(matrices.dtype)
 
 
