@@ -81,16 +81,17 @@ def test_other_models_are_refused(run, small_model_folder):
 
 
 def test_chat_goes_on_after_a_mistake_and_starts_over(run):
-    typed = ["What is it?", "/image missing.png", "/imagine", "", "/image blue.jpg", "And this?"]
+    typed = ["What is it?", "/image missing.png", "/imagine", "/image", "/image 'blue.jpg'", "And this?"]
     lines = "\n".join([*typed, "/new", "What is it?", "/quit", "What?"])
     code, out, err = run("chat", "red.png", *FEW, lines=lines)
     assert code == 0
     first, _, again = out.splitlines()
     assert first == again == run("ask", "red.png", "What is it?", *FEW)[1].rstrip("\n")
     errors = [line for line in err.splitlines() if line.startswith("tokenflow: error: ")]
-    assert len(errors) == 2
+    assert len(errors) == 3
     assert "no such file" in errors[0]
     assert "unknown command /imagine" in errors[1]
+    assert "/image needs a file" in errors[2]
 
 
 def test_chat_goes_on_after_a_line_that_is_no_text(run):

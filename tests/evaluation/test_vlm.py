@@ -137,7 +137,7 @@ def asked(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_set_is_asked_from_parquet_to_a_file(chat_folder, asked, tmp_path):
+def test_a_set_is_asked_from_parquet_to_a_file(chat_folder, asked, tmp_path, caplog):
     options = VlmEval(
         data=(str(asked),),
         model=str(chat_folder),
@@ -148,6 +148,8 @@ def test_a_set_is_asked_from_parquet_to_a_file(chat_folder, asked, tmp_path):
     result = vlm.run(options)
     assert report.read(tmp_path / "r.json") == result
     assert result["skipped"] == 1
+    assert "skipped a picture" in caplog.text
+    assert "row 1" in caplog.text
     assert result["metrics"]["yes/no"]["questions"] == result["metrics"]["open"]["questions"] == 2
     assert result["fingerprint"]["reference"]["pictures"] == 2
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

@@ -102,6 +102,10 @@ def test_questions_that_cannot_be_answered_are_one_line(make_chat, pictures):
         talk.ask("What?", max_new_tokens=600)
     with pytest.raises(UserError, match="with 40 images"):
         talk.ask("What?", pictures[:1] * 40)
+    with pytest.raises(UserError, match="the question must be text, not int"):
+        talk.ask(3, pictures[0])
+    with pytest.raises(UserError, match="images must be PIL images or files, not NoneType"):
+        talk.ask("What?", [None])
     assert (talk.messages, talk.features) == ([], [])
     assert not encoded  # said before the work
     processor.chat_template = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+logger = logging.getLogger(__name__)
 
 _CAPTION_TOKENS = 32  # a caption of the usual sets has a dozen words
 _PICTURES = 64  # at a time: their questions are sorted by length, so that batches waste little
@@ -202,8 +205,9 @@ def _read(
         try:
             name = f"{source} row {number}"
             picture = read_image(encoded_image(row[opened.image_column], name), name=name)
-        except ImageError:
+        except ImageError as error:
             broken.append(name)
+            logger.warning("skipped a picture: %s", error)
             continue
         yield picture, asked
 

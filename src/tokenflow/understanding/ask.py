@@ -35,8 +35,8 @@ def ask(
         model, processor: a LLaVA with a TokenFlow tower; see `load` and `assemble`.
         images: one picture or several, as PIL images or files. None at all is a question without picture.
         question: plain text. Special tokens in it, `<image>` among them, are read as text.
-        generate_kwargs: as `model.generate` takes them. The default is the likeliest answer
-            (`do_sample=False`) of at most 128 tokens.
+        generate_kwargs: options of `model.generate` that lead to one answer: `max_new_tokens` (default 128),
+            `do_sample` (default False, the likeliest answer), `temperature`, `streamer`, ...
 
     Returns:
         The answer.
@@ -68,13 +68,17 @@ class Conversation:
 
         If it fails, the conversation is what it was before.
         """
+        if not isinstance(question, str):
+            raise UserError(f"the question must be text, not {type(question).__name__}")
         if not question.strip():
             raise UserError("the question is empty; ask something about the image")
         try:
             question.encode()
         except UnicodeEncodeError as error:  # bytes of a command line or pipe that are no text
             raise UserError(f"the question {question!r:.80} is not valid UTF-8 text") from error
-        pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
+        pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images or [])
+        if wrong := [type(p).__name__ for p in pictures if not isinstance(p, (Image.Image, str, Path))]:
+            raise UserError(f"images must be PIL images or files, not {wrong[0]}")
         messages = [*self.messages, user_message(self.processor, question, len(pictures))]
         inputs = tokenize(self.model, self.processor, [messages])
         images_so_far = len(self.features) + len(pictures)

@@ -90,7 +90,9 @@ def chat(
             if command == "/new":
                 talk, waiting = Conversation(*parts), list(shown)
             elif command == "/image":
-                waiting.append(read_image(Path(rest.strip())))
+                if not (file := rest.strip().strip("'\"")):
+                    raise UserError("/image needs a file: /image FILE")
+                waiting.append(read_image(Path(file).expanduser()))
             elif command.startswith("/"):
                 raise UserError(f"unknown command {command}: {HELP}")
             elif line:

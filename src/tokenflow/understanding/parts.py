@@ -176,8 +176,8 @@ def assemble_parts(
     Raises:
         UserError: a part that cannot be found or read.
     """
+    tower = resolve(parts.tower)  # first: a wrong name should not cost the loading of a language model
     text, words = language_model(parts, dtype)
-    tower = resolve(parts.tower)
     if AutoConfig.from_pretrained(tower).model_type != TokenFlowModel.config_class.model_type:
         vision, seen = AutoModel.from_pretrained(tower), AutoImageProcessor.from_pretrained(tower)
         pictures = TokenFlowImageProcessor(
