@@ -29,6 +29,7 @@ def test_animals_and_flowers_are_told_from_other_things(chat):
         question = f"Is there {thing} in the picture?"
         said = {path.stem: answer(chat, path.stem, question) for path in sorted(SAMPLES.glob("*.jpg"))}
         assert said == {name: "yes" if name == holder else "no" for name in said}, thing
+    assert "flower" not in answer(chat, "cat", "Describe the picture.")
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def tokenflow_tiny_t2i() -> TextToImageRecipe:
 
     78,400 draws, two and a half hours of one CPU core (10 images a second where it has it alone). The bundled
     file took 404,000 draws, three minutes of one H100 (1,580 steps, 3,600 images a second where it had it
-    alone), with these options beside those above; its shards, 180,000 views, were made there in 98 seconds,
+    alone), with these options beside those above; its shards, 240,000 views, were made there in 98 seconds,
     each set by a command of its own at once (`--device cuda --num-workers 4 --batch-size 512`):
 
         --data.batch-size 256 --data.num-workers 6 --data.token-noise 0.1 --optimizer.weight-decay 0.1
