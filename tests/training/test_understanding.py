@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from terminated_run import terminated_run
+from transformers import LlavaForConditionalGeneration
 
 from tokenflow.errors import UserError
 from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
-from tokenflow.training.understanding import Skipped, train_understanding
+from tokenflow.training.understanding import Skipped, some_of_each, train_understanding
 from tokenflow.training.understanding_models import build_chat
 from tokenflow.training.understanding_recipe import (
     ChatModelRecipe,
@@ -162,6 +163,37 @@ def test_evaluation_does_not_disturb(recipe, conversations):
     assert [x for x in log_of(recipe) if "loss" in x] == [x for x in log_of(plain) if "loss" in x]
 
 
+def test_patch_dropout_shows_a_part_of_each_picture(recipe, lora, conversations, monkeypatch):
+    shown: dict[bool, set[int]] = {True: set(), False: set()}
+    forward = LlavaForConditionalGeneration.forward
+
+    def watched(model, **inputs):
+        pictures = inputs["input_ids"] == model.config.image_token_id
+        assert pictures.sum() == inputs["pixel_values"].shape[:2].numel()
+        shown[model.training].add(inputs["pixel_values"].shape[1])
+        return forward(model, **inputs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", watched)
+    stage = replace(lora.instruct, patch_dropout=0.75, eval_sources=(str(conversations),))
+    part = replace(lora, instruct=stage, eval_every=2)
+    train_understanding(part)
+    assert shown == {True: {4}, False: {16}}  # measured with all of it
+    again = replace(part, output_dir=f"{part.output_dir}-again")
+    for _ in range(4):  # a step an invocation
+        train_understanding(replace(again, max_minutes=0.0))
+    assert log_of(again) == log_of(part)
+
+
+def test_some_features_of_each_picture_in_their_order():
+    features = torch.arange(2 * 16 * 1.0).view(2, 16, 1)
+    assert some_of_each(features, 16) is features
+    torch.manual_seed(0)
+    draws = torch.stack([some_of_each(features, 4) for _ in range(200)])[..., 0]
+    assert (draws.diff(dim=-1) > 0).all()
+    assert (draws[:, 0] != draws[:, 1] - 16).any()  # not the same of each picture
+    assert draws.unique(return_counts=True)[1].min() > 20  # of 50 on average
+
+
 # --- that it does not matter how
 
 
@@ -259,6 +291,8 @@ def test_mistakes_are_one_line(recipe, lora, tmp_path):
     fails("cannot load language model", model=replace(recipe.model, language_model=str(tmp_path)))
     fails("set --lora.rank", stage="instruct", lora=LoraRecipe(keep=1.0))
     fails("wants whole weights", stage="instruct", lora=replace(lora.lora, keep=1.0), fsdp_config="fsdp.json")
+    with pytest.raises(UserError, match=r"patch_dropout=1\.0 must be"):
+        replace(recipe.align, patch_dropout=1.0)
     strange = replace(lora.lora, targets=("wq",))
     with pytest.raises(UserError, match="no layer of the language model is called wq"):
         train_understanding(replace(lora, lora=strange))

@@ -8,6 +8,7 @@ What is notable:
 - conversations without a picture can hold the language model to what it knew: to its words without LoRA;
 - with a cache the vision tower runs once a picture, not once a step, and for no picture that the steps leave
   out; what does not learn is in bfloat16;
+- patch dropout shows it a part of each picture, so that a step is shorter; measurements show all of it;
 - a run started again goes on from its newest complete checkpoint and sees the batches that would have come.
 """
 
@@ -151,10 +152,11 @@ def open_rows(
     """The conversations of sources, and how often each source is read in an epoch."""
     stage, config = recipe.of_stage, chat.model.config
     data, times = open_conversations(texts, split, stage.image_folder)
+    features: int = config.image_seq_length
     encoder = ConversationEncoder(
         chat.processor,
         stage.template or recipe.model.template,
-        config.image_seq_length,
+        stage.features_kept(features) if split == "train" else features,
         min(recipe.max_length, config.text_config.max_position_embeddings),  # type: ignore[union-attr]
         stage.labels,
     )
@@ -240,7 +242,9 @@ class UnderstandingTrainer(Trainer):
             width = seen.multi_modal_projector.linear_1.in_features
             inputs["pixel_values"] = torch.zeros(1, 0, width, device=labels.device)
         else:
-            inputs["pixel_values"] = seen.vision_tower.look(pixels)
+            features = seen.vision_tower.look(pixels)
+            kept = self.recipe.of_stage.features_kept(features.shape[1])
+            inputs["pixel_values"] = some_of_each(features, kept) if model.training else features
         inputs |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}  # all that was seen
         inputs |= {"logits_to_keep": learned, "use_cache": False}
         logits = model(**inputs).logits.float()
@@ -324,6 +328,15 @@ class UnderstandingTrainer(Trainer):
             whole = recipe.stage == "instruct" and recipe.export == "whole"
             self.chat.save(folder / "export", weights, whole, recipe.mixed_precision == "bf16")
         return {"skipped": len(self.skipped.lines)}
+
+
+def some_of_each(features: Tensor, count: int) -> Tensor:
+    """`[B, count, D]` of features `[B, N, D]`: others for each picture, at random, in their order."""
+    batch, places, _ = features.shape
+    if count == places:
+        return features
+    chosen = torch.rand(batch, places, device=features.device).topk(count).indices.sort().values
+    return features.gather(1, chosen[:, :, None].expand(-1, -1, features.shape[2]))
 
 
 def training_arguments(recipe: UnderstandingRecipe) -> TrainingArguments:

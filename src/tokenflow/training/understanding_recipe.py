@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tokenflow.errors import UserError
 from tokenflow.training.recipe import check_counts
 
 
@@ -78,6 +79,9 @@ class StageRecipe:
     """"answers": each answer and its end token. "released": as the released code, role marks too (ChatML)"""
     resize_mode: Literal["pad", "squash", "crop"] = "pad"
     """how a picture becomes square"""
+    patch_dropout: float = 0.0
+    """share of each picture's features, drawn anew every time, that are left out while training (FLIP, Li et
+    al. 2023): steps are shorter, so more pictures are seen in the same time; end with some steps of 0"""
     lr: float = 1e-3
     """the full learning rate of projector and, without LoRA, language model"""
     batch_size: int = 256
@@ -91,6 +95,12 @@ class StageRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self)
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"patch_dropout={self.patch_dropout} must be at least 0 and below 1")
+
+    def features_kept(self, count: int) -> int:
+        """How many of a picture's `count` features training shows: at least one."""
+        return max(1, round(count * (1 - self.patch_dropout)))
 
 
 @dataclass(frozen=True)
