@@ -17,7 +17,12 @@ from transformers import LlavaForConditionalGeneration
 
 from tokenflow.errors import UserError
 from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
-from tokenflow.training.understanding import Skipped, some_of_each, train_understanding
+from tokenflow.training.understanding import (
+    Skipped,
+    shared_beginning,
+    some_of_each,
+    train_understanding,
+)
 from tokenflow.training.understanding_models import build_chat
 from tokenflow.training.understanding_recipe import (
     ChatModelRecipe,
@@ -168,9 +173,8 @@ def test_patch_dropout_shows_a_part_of_each_picture(recipe, lora, conversations,
     forward = LlavaForConditionalGeneration.forward
 
     def watched(model, **inputs):
-        pictures = inputs["input_ids"] == model.config.image_token_id
-        assert pictures.sum() == inputs["pixel_values"].shape[:2].numel()
-        shown[model.training].add(inputs["pixel_values"].shape[1])
+        if "pixel_values" in inputs:
+            shown[model.training].add(inputs["pixel_values"].shape[1])
         return forward(model, **inputs)
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", watched)
@@ -228,6 +232,35 @@ def test_cache_and_accumulation_change_nothing(recipe):
     assert done.skipped == 1
     losses = [[line["loss"] for line in log_of(run) if "loss" in line] for run in (recipe, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_conversations_begin_with_is_computed_once(lora, monkeypatch):
+    """The same losses and gradients from fewer positions."""
+    positions, forward = [0], LlavaForConditionalGeneration.forward
+
+    def watched(model, **inputs):
+        positions[-1] += inputs["input_ids"].numel()
+        return forward(model, **inputs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", watched)
+    train_understanding(lora)
+    positions.append(0)
+    whole = replace(lora, output_dir=f"{lora.output_dir}-whole")
+    monkeypatch.setattr("tokenflow.training.understanding.shared_beginning", lambda *_: 0)
+    train_understanding(whole)
+    assert positions[0] < 0.8 * positions[1]
+    for key in ("loss", "grad_norm"):
+        logs = [[line[key] for line in log_of(run)] for run in (lora, whole)]
+        assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_how_much_of_a_beginning_is_shared():
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 9, 5]])
+    unused = torch.zeros_like(ids, dtype=torch.bool)
+    assert shared_beginning(ids, unused) == 3
+    assert shared_beginning(ids, unused | (ids == 3)) == 2
+    assert shared_beginning(ids, unused | (ids == 1)) == 0
+    assert shared_beginning(ids[:1], unused[:1]) == 0  # nothing is learned, so nothing need be computed
 
 
 def test_only_pictures_that_will_be_seen_are_looked_at(recipe):

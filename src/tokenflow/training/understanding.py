@@ -8,6 +8,7 @@ What is notable:
 - conversations without a picture can hold the language model to what it knew: to its words without LoRA;
 - with a cache the vision tower runs once a picture, not once a step, and for no picture that the steps leave
   out; what does not learn is in bfloat16;
+- words that all conversations of a batch begin with, such as a system prompt, are computed once for all;
 - patch dropout shows it a part of each picture, so that a step is shorter; measurements show all of it;
 - a run started again goes on from its newest complete checkpoint and sees the batches that would have come.
 """
@@ -200,6 +201,8 @@ class UnderstandingTrainer(Trainer):
         self.recipe, self.chat, self.order = recipe, chat, order
         self.eval_rows, self.skipped = eval_rows, skipped
         self.stop = StopRequest(None)
+        # Several processes call the model equally often, and layers computed again keep no keys and values.
+        self.shares_beginnings = arguments.world_size == 1 and not recipe.gradient_checkpointing
         pad = chat.processor.tokenizer.pad_token_id
         super().__init__(
             model=chat.model,
@@ -235,7 +238,6 @@ class UnderstandingTrainer(Trainer):
         self.skipped.add(inputs.pop("skipped"))
         labels = inputs.pop("labels")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        learned = targets != IGNORE
         seen, pixels = self.chat.model.model, inputs["pixel_values"]
         if pixels is None:
             # No features of a picture: so the projector has gradients, and FSDP's processes keep step.
@@ -246,18 +248,18 @@ class UnderstandingTrainer(Trainer):
             kept = self.recipe.of_stage.features_kept(features.shape[1])
             inputs["pixel_values"] = some_of_each(features, kept) if model.training else features
         inputs |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}  # all that was seen
-        inputs |= {"logits_to_keep": learned, "use_cache": False}
-        logits = model(**inputs).logits.float()
+        learned, ids = targets != IGNORE, inputs["input_ids"]
+        used = learned | (ids == self.chat.model.config.image_token_id)
+        shared = shared_beginning(ids, used) if self.shares_beginnings else 0
+        logits = learned_logits(model, inputs, learned, shared)
         if pixels is None and self.chat.lora is not None and self.recipe.lora.keep:
-            return self.recipe.lora.keep * self._divergence(model, inputs, logits), len(logits)
+            # The KL of the language model's words from those of the untouched one.
+            with torch.no_grad(), without_lora(self.chat.model):
+                before = learned_logits(model, inputs, learned, shared).log_softmax(-1)
+            divergence = F.kl_div(logits.log_softmax(-1), before, reduction="sum", log_target=True)
+            return self.recipe.lora.keep * divergence, len(logits)
         total = F.cross_entropy(logits, targets[learned], reduction="sum")
         return total, len(logits)
-
-    def _divergence(self, model: Any, inputs: dict[str, Any], logits: Tensor) -> Tensor:
-        """KL of the language model's words from those of the untouched one, added up over the labels."""
-        with torch.no_grad(), without_lora(self.chat.model):
-            before = model(**inputs).logits.float().log_softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), before, reduction="sum", log_target=True)
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -328,6 +330,26 @@ class UnderstandingTrainer(Trainer):
             whole = recipe.stage == "instruct" and recipe.export == "whole"
             self.chat.save(folder / "export", weights, whole, recipe.mixed_precision == "bf16")
         return {"skipped": len(self.skipped.lines)}
+
+
+def shared_beginning(ids: Tensor, used: Tensor) -> int:
+    """How many positions at the start of ids `[B, T]` are equal in all rows, and `used` `[B, T]` in none."""
+    ends = (ids != ids[:1]).any(0) | used.any(0)
+    return int(ends.int().argmax()) if ends.any() else 0
+
+
+def learned_logits(model: Any, inputs: dict[str, Tensor], learned: Tensor, shared: int) -> Tensor:
+    """Logits `[n, V]` float32 of the n learned positions `[B, T]`, the first `shared` ones computed once.
+
+    Those are words that all conversations of a batch begin with, such as the template's system prompt: a
+    third of a short conversation. What they give the others is their keys and values, with gradients.
+    """
+    if shared:
+        ids = inputs["input_ids"]
+        first = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+        first.batch_repeat_interleave(len(ids))
+        inputs = {**inputs, "input_ids": ids[:, shared:], "past_key_values": first}
+    return model(**inputs, logits_to_keep=learned[:, shared:], use_cache=shared > 0).logits.float()
 
 
 def some_of_each(features: Tensor, count: int) -> Tensor:
