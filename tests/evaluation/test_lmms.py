@@ -144,7 +144,7 @@ def test_names_of_tasks():
     assert tasks_of(["POPE,seedb", "mme-p", "mme", "vqav2"]) == ["pope", "seedbench", "mme", "vqav2_val"]
     assert len(tasks_of(["all"])) == 11
     assert tasks_of(["mine"], others=True) == ["mine"]
-    with pytest.raises(UserError, match=r"unknown benchmark 'popo'; did you mean 'pope'\?"):
+    with pytest.raises(UserError, match=r"unknown benchmark 'popo'; did you mean 'POPE'\?"):
         tasks_of(["popo"])
 
 

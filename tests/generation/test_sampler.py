@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,6 +196,8 @@ def test_seeds_that_are_none(seed):
 def test_seeds_for():
     assert seeds_for(3, 2) == [3, 3]
     assert seeds_for([3, 4], 2) == [3, 4]
+    assert seeds_for(np.int64(3), 2) == [3, 3]
+    assert torch.equal(noise_keys([np.int64(3)], 1, 4), noise_keys([3], 1, 4))
     state = torch.get_rng_state()
     assert seeds_for(None, 4) != seeds_for(None, 4)
     assert torch.equal(torch.get_rng_state(), state)

@@ -210,6 +210,14 @@ def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(recipe):
     assert done.export.exists()
 
 
+def test_a_run_of_few_steps_has_a_log(recipe):
+    train_understanding(replace(recipe, log_every=100))
+    every = replace(recipe, output_dir=f"{recipe.output_dir}-every")
+    train_understanding(every)
+    (line,) = log_of(recipe)
+    assert line["loss"] == pytest.approx(sum(x["loss"] for x in log_of(every)) / 4)
+
+
 def test_a_stopped_run_goes_on_exactly(lora):
     stage = replace(lora.instruct, accumulation=2)
     lora = replace(lora, instruct=stage)

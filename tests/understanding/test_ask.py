@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import tokenflow
 from tokenflow.data.images import ImageError
 from tokenflow.errors import UserError
 from tokenflow.understanding import Conversation
-from tokenflow.understanding.ask import without_special_tokens
+from tokenflow.understanding.ask import tokenize, user_message, without_special_tokens
 
 FIVE = {"max_new_tokens": 5, "eos_token_id": None}
 
@@ -121,6 +122,21 @@ def test_sampling_repeats_with_the_seed(make_chat, pictures):
         torch.manual_seed(seed)
         answers.append(tokenflow.ask(model, processor, pictures[0], "What?", **options))
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_callers_lengths_count(make_chat, pictures):
+    """`max_length` and a `generation_config` are the caller's word, with no default of ours over them."""
+    model, processor = make_chat()
+    endless = {"eos_token_id": None}
+    five = tokenflow.ask(model, processor, pictures[0], "What?", max_new_tokens=5, **endless)
+    given = tokenize(model, processor, [[user_message(processor, "What?", 1)]])["input_ids"].shape[1]
+    assert tokenflow.ask(model, processor, pictures[0], "What?", max_length=given + 5, **endless) == five
+    config = GenerationConfig(max_new_tokens=5, suppress_tokens=model.generation_config.suppress_tokens)
+    assert tokenflow.ask(model, processor, pictures[0], "What?", generation_config=config) == five
+    with pytest.raises(UserError, match="the answer may take 600"):
+        tokenflow.ask(
+            model, processor, pictures[0], "What?", generation_config=GenerationConfig(max_new_tokens=600)
+        )
 
 
 def test_a_streamer_hears_the_answer(make_chat, pictures, capsys):

@@ -162,7 +162,7 @@ def tasks_of(names: Sequence[str], *, others: bool = False) -> list[str]:
         elif others:
             tasks.append(name)
         else:
-            raise unknown_name("benchmark", name, ["all", *known])
+            raise unknown_name("benchmark", name, ["all", *BENCHMARKS])
     return list(dict.fromkeys(tasks))
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import torch
@@ -274,8 +275,8 @@ def seeds_for(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """
     if seed is None:
         return torch.randint(2**32, (rows,), generator=_fresh()).tolist()
-    if isinstance(seed, int):
-        return [seed] * rows
+    if isinstance(seed, Integral):
+        return [int(seed)] * rows
     if not isinstance(seed, Sequence):
         raise UserError(f"a seed must be an integer, or a list of one for each image, got {seed!r}")
     if len(seed) != rows:
@@ -299,9 +300,9 @@ def noise_keys(seeds: Sequence[int], passes: int, length: int) -> Tensor:
     """
     rows: list[Tensor] = []
     for seed in seeds:
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
             raise UserError(f"a seed must be an integer from 0 to 2**64 - 1, got {seed!r}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
         rows.append(torch.randint(low, high, (passes, length), generator=generator))
     return torch.stack(rows)

@@ -54,6 +54,8 @@ class Stopping(TrainerCallback):
         self.trainer.stop.check(self.trainer.accelerator)
         if self.trainer.stop.reason is not None:
             control.should_training_stop = control.should_save = True
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            control.should_log = True  # however few steps there were since the last line
         return control
 
 

@@ -35,8 +35,9 @@ def ask(
         model, processor: a LLaVA with a TokenFlow tower; see `load` and `assemble`.
         images: one picture or several, as PIL images or files. None at all is a question without picture.
         question: plain text. Special tokens in it, `<image>` among them, are read as text.
-        generate_kwargs: options of `model.generate` that lead to one answer: `max_new_tokens` (default 128),
-            `do_sample` (default False, the likeliest answer), `temperature`, `streamer`, ...
+        generate_kwargs: options of `model.generate` that lead to one answer: `max_new_tokens` (default 128,
+            or what `max_length` leaves), `do_sample` (default False, the likeliest answer), `temperature`,
+            `streamer`, ...; or a `generation_config`, which has its own.
 
     Returns:
         The answer.
@@ -82,8 +83,8 @@ class Conversation:
         messages = [*self.messages, user_message(self.processor, question, len(pictures))]
         inputs = tokenize(self.model, self.processor, [messages])
         images_so_far = len(self.features) + len(pictures)
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generate_kwargs}
-        self._check_length(inputs["input_ids"].shape[1], images_so_far, options["max_new_tokens"])
+        options, given = with_defaults(generate_kwargs), inputs["input_ids"].shape[1]
+        self._check_length(given, images_so_far, longest_answer(options, given))
         features = self.features + encode_images(self.model, self.processor, pictures)
         (answer,) = generate(self.model, self.processor, inputs, features, **options)
         # What the model wrote may spell a special token too.
@@ -100,6 +101,21 @@ class Conversation:
                 f"the conversation{pictures} has {given} tokens and the answer may take {answer}, but this "
                 f"model reads {context}: shorten the question, drop images or lower max_new_tokens"
             )
+
+
+def with_defaults(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of `model.generate`, with ours where the caller has none."""
+    if generate_kwargs.get("generation_config") is not None:
+        return generate_kwargs
+    length = {} if generate_kwargs.get("max_length") else {"max_new_tokens": MAX_NEW_TOKENS}
+    return {"do_sample": False, **length, **generate_kwargs}
+
+
+def longest_answer(options: dict[str, Any], given: int) -> int:
+    """How many tokens the answer to `given` ones may take, at least one."""
+    settings = options.get("generation_config")
+    new, whole = (options.get(k) or getattr(settings, k, None) for k in ("max_new_tokens", "max_length"))
+    return new or max(1, (whole or given + 1) - given)
 
 
 # What a turn consists of; evaluation uses it on many questions at a time.
