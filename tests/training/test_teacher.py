@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPVisionModelWithProjection
 
 from tokenflow.errors import UserError
-from tokenflow.training import teacher
+from tokenflow.training import teacher, teacher_batches, teacher_model
 from tokenflow.training.classifier import EfficientNetLite, load_classifier
 from tokenflow.training.teacher_cache import build_cache, embed_texts, read_square
 from tokenflow.training.teacher_recipe import TeacherRecipe
@@ -143,26 +144,26 @@ def test_read_square_takes_the_centre():
 
 
 def test_patch_tokens_are_the_projected_hidden_states(recipe):
-    model = teacher.build_model(recipe, 16).eval()
+    model = teacher_model.build_model(recipe, 16).eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         hidden = model.vision_model(pixels).last_hidden_state[:, 1:]
         expected = model.visual_projection(model.vision_model.post_layernorm(hidden))
-        torch.testing.assert_close(teacher.patch_tokens(model, pixels), expected)
+        torch.testing.assert_close(teacher_model.patch_tokens(model, pixels), expected)
         order = torch.stack([torch.randperm(16), torch.randperm(16)])
-        shuffled = teacher.patch_tokens(model, pixels, order)
+        shuffled = teacher_model.patch_tokens(model, pixels, order)
     torch.testing.assert_close(shuffled, expected.gather(1, order[..., None].expand(-1, -1, 16)))
 
 
 def test_crops_stay_inside_and_treat_pictures_and_maps_alike():
-    theta = teacher.random_crops(256, 0.3, torch.Generator().manual_seed(0))
+    theta = teacher_batches.random_crops(256, 0.3, torch.Generator().manual_seed(0))
     corners = torch.tensor([[-1.0, -1, 1], [1, 1, 1]]) @ theta.transpose(1, 2)
     assert corners.abs().max() <= 1 + 1e-6
     assert 0.2 < (theta[:, 0, 0] < 0).float().mean() < 0.8
     ramp = torch.linspace(-1, 1, 64).expand(256, 2, 64, 64).clone()
     ramp[:, 1] = ramp[:, 1].transpose(1, 2)
-    picture = teacher.sample_crops(ramp, theta, 32)
-    coarse = teacher.sample_crops(torch.nn.functional.avg_pool2d(ramp, 4), theta, 8)
+    picture = teacher_batches.sample_crops(ramp, theta, 32)
+    coarse = teacher_batches.sample_crops(torch.nn.functional.avg_pool2d(ramp, 4), theta, 8)
     pooled = torch.nn.functional.avg_pool2d(picture, 4)
     torch.testing.assert_close(coarse[..., 2:-2, 2:-2], pooled[..., 2:-2, 2:-2], atol=0.05, rtol=0)
 
@@ -170,13 +171,13 @@ def test_crops_stay_inside_and_treat_pictures_and_maps_alike():
 def test_an_epoch_shows_each_picture_once_over_all_processes(recipe, cache):
     two = dataclasses.replace(recipe, batch_size=5)
     classifier = load_classifier(recipe.classifier)
-    ranks = [teacher.Batches(two, cache, classifier, rank, 2) for rank in range(2)]
+    ranks = [teacher_batches.Batches(two, cache, classifier, rank, 2) for rank in range(2)]
     assert sorted(np.concatenate([r.rows(3) for r in ranks])) == list(range(10))
     assert not np.array_equal(ranks[0].rows(3), ranks[0].rows(4))
 
 
 def test_batches_repeat_and_pair_pictures_with_their_texts(recipe, cache):
-    batches = teacher.Batches(recipe, cache, load_classifier(recipe.classifier))
+    batches = teacher_batches.Batches(recipe, cache, load_classifier(recipe.classifier))
     batch, again = batches(1, 0.5), batches(1, 0.5)
     assert torch.equal(batch["pixel_values"], again["pixel_values"])
     assert batch["kept"].shape == (5, 8)
@@ -196,7 +197,7 @@ def test_live_targets_are_of_the_very_crops_that_the_tower_sees(recipe, cache, t
     fresh = build_cache(live)
     assert fresh.features is None
     classifier = load_classifier(recipe.classifier)
-    batch = teacher.Batches(live, fresh, classifier)(1, 0.0)
+    batch = teacher_batches.Batches(live, fresh, classifier)(1, 0.0)
     crops = torch.nn.functional.interpolate(batch["pixel_values"], (224, 224), mode="bilinear")
     with torch.no_grad():
         torch.testing.assert_close(classifier(crops), batch["logits"], atol=0.02, rtol=0.02)
@@ -206,11 +207,13 @@ def test_live_targets_are_of_the_very_crops_that_the_tower_sees(recipe, cache, t
 
 def test_mixed_crops_have_no_text(recipe, cache):
     mixed = dataclasses.replace(recipe, live_targets=True, mix=1.0)
-    batches = teacher.Batches(mixed, cache, load_classifier(recipe.classifier))
-    batch, pure = batches(1, 0.0), teacher.Batches(recipe, cache, batches.classifier)(1, 0.0)
+    batches = teacher_batches.Batches(mixed, cache, load_classifier(recipe.classifier))
+    batch, pure = batches(1, 0.0), teacher_batches.Batches(recipe, cache, batches.classifier)(1, 0.0)
     assert batch["banks"] == []
     assert not torch.allclose(batch["pixel_values"], pure["pixel_values"])
-    assert torch.isfinite(teacher.TeacherObjective(teacher.build_model(recipe, 16), 320)(**batch)["text"])
+    assert torch.isfinite(
+        teacher.TeacherObjective(teacher_model.build_model(recipe, 16), 320)(**batch)["text"]
+    )
     with pytest.raises(UserError, match="needs live_targets"):
         dataclasses.replace(recipe, mix=0.5)
 
@@ -224,20 +227,20 @@ def test_kept_text_vectors_replace_the_text_encoder(recipe, cache, tmp_path):
 
 
 def test_training_starts_from_an_exported_tower(recipe, cache, tmp_path):
-    model, other = (teacher.build_model(recipe, 16) for _ in range(2))
-    teacher.export_teacher(model, cache.sources, tmp_path / "export")
-    teacher.load_start(other, str(tmp_path / "export"))
+    model, other = (teacher_model.build_model(recipe, 16) for _ in range(2))
+    teacher_model.export_teacher(model, cache.sources, tmp_path / "export")
+    teacher_model.load_start(other, str(tmp_path / "export"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(UserError, match=r"nowhere: no model\.safetensors"):
-        teacher.load_start(other, str(tmp_path / "nowhere"))
+        teacher_model.load_start(other, str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="size mismatch"):
-        teacher.load_start(teacher.build_model(recipe, 24), str(tmp_path / "export"))
+        teacher_model.load_start(teacher_model.build_model(recipe, 24), str(tmp_path / "export"))
 
 
 def test_one_batch_can_be_learned(recipe, cache):
     torch.manual_seed(0)
-    batch = teacher.Batches(recipe, cache, load_classifier(recipe.classifier))(0, 0.0)
-    objective = teacher.TeacherObjective(teacher.build_model(recipe, 16), 320)
+    batch = teacher_batches.Batches(recipe, cache, load_classifier(recipe.classifier))(0, 0.0)
+    objective = teacher.TeacherObjective(teacher_model.build_model(recipe, 16), 320)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
@@ -252,9 +255,9 @@ def test_one_batch_can_be_learned(recipe, cache):
 
 def test_patch_embedding_starts_white(recipe):
     torch.manual_seed(0)
-    model = teacher.build_model(recipe, 16)
+    model = teacher_model.build_model(recipe, 16)
     smooth = torch.nn.functional.interpolate(torch.randn(64, 3, 8, 8), size=32, mode="bilinear")
-    teacher.whiten_patch_embedding(model, smooth)
+    teacher_model.whiten_patch_embedding(model, smooth)
     tokens = model.vision_model.embeddings.patch_embedding(smooth).flatten(2).transpose(1, 2).flatten(0, 1)
     covariance = torch.cov(tokens.T)
     assert covariance.diagonal().min() > 0.5
@@ -296,19 +299,7 @@ def test_export_serves_evaluation(recipe, cache, tmp_path, monkeypatch):
     ]
     model = CLIPVisionModelWithProjection.from_pretrained(folder)
     assert model.config.projection_dim == 16
-    texts, ids, names = teacher.load_class_texts(folder, "flowers")
-    torch.testing.assert_close(texts, cache.sources[0].texts[:, 0])
-    assert (ids.tolist(), names) == ([0, 2, 4], ["rose", "grass", "lilac"])
-    with pytest.raises(UserError, match="no classes of pack 'birds'; it has flowers"):
-        teacher.load_class_texts(folder, "birds")
-    figures = teacher.evaluate_teacher(folder, recipe.packs[0])
-    assert figures.keys() == {"top1", "top5", "knn20"}
-    assert figures["top5"] == 1.0  # three classes
-
-
-def test_zero_shot_and_neighbours_count_right():
-    texts = torch.eye(6)
-    vectors = torch.tensor([[0.9, 0.1, 0, 0, 0, 0], [0.1, 0.9, 0, 0, 0, 0.0]])
-    assert teacher.zero_shot(vectors, torch.tensor([0, 0]), texts) == {"top1": 0.5, "top5": 1.0}
-    train, labels = torch.eye(6)[:4], torch.tensor([0, 0, 1, 2])
-    assert teacher.knn_accuracy(train, labels, train, torch.tensor([0, 0, 1, 1]), k=1) == 0.75
+    with safe_open(folder / "class_embeddings.safetensors", "pt") as file:
+        torch.testing.assert_close(file.get_tensor("flowers"), cache.sources[0].texts[:, 0])
+        classes = json.loads(file.metadata()["flowers"])
+    assert classes == {"ids": [0, 2, 4], "names": ["rose", "grass", "lilac"]}

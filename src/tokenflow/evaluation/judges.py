@@ -76,7 +76,7 @@ def pooled_features(
 @torch.inference_mode()
 def image_vectors(teacher: CLIPVisionModelWithProjection, shown: Tensor, batch_size: int = 64) -> Tensor:
     """The teacher's unit vectors [N, T] of uint8 pictures [N, 3, H, W]."""
-    from tokenflow.training.teacher import embed_images
+    from tokenflow.training.teacher_model import embed_images
 
     side, found = teacher.config.image_size, []
     assert isinstance(side, int)  # transformers also allows pairs
