@@ -114,13 +114,22 @@ def test_a_saved_folder_is_read_by_transformers_alone(make_chat, pictures, tmp_p
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_the_pipeline_of_transformers(make_chat, pictures):
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_pipeline_of_transformers(make_chat, pictures, tmp_path, saved):
     model, processor = make_chat()
-    answer = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = ask(model, processor, pictures[0], "What?", **options)
+    if saved:
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        answer = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
+    else:
+        answer = pipeline("image-text-to-text", model=model, processor=processor)
     content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "What?"}]
     turns = [{"role": "user", "content": content}]
-    found = answer(text=turns, max_new_tokens=4, do_sample=False, return_full_text=False)
-    assert isinstance(found[0]["generated_text"], str)
+    found = answer(text=turns, return_full_text=False, generate_kwargs=options)
+    assert found[0]["generated_text"].strip() == expected
+    assert expected
 
 
 @torch.no_grad()
