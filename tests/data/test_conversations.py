@@ -76,6 +76,9 @@ def test_a_changed_file_is_read_again_and_broken_ones_are_one_line(tmp_path):
     (tmp_path / "one.json").write_text("{}")
     with pytest.raises(UserError, match="holds no list of conversations"):
         Conversations(Source(str(tmp_path / "one.json")))
+    (tmp_path / "one.json").write_text("[]")
+    with pytest.raises(UserError, match=r"^there is no conversation in .*one.json$"):
+        Conversations(Source(str(tmp_path / "one.json")))
     with pytest.raises(UserError, match=r"cannot open .*none\.json .*: no such file"):
         Conversations(Source(str(tmp_path / "none.json")))
 
@@ -96,6 +99,37 @@ def test_parquet_with_one_or_several_pictures(tmp_path):
     pq.write_table(pa.table({"image": ["a.png"]}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match="has no column 'conversations'; it has image"):
         Conversations(Source(str(tmp_path / "other.parquet")))
+
+
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_turns_of_a_role_and_its_content(suffix, tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
+    rows = [{"conversations": [*turns, {"role": "assistant", "content": "A dog."}]}]
+    file = tmp_path / f"some.{suffix}"
+    if suffix == "json":
+        rows.append({"conversations": [{"role": "user", "content": [{"type": "text"}]}, *turns[1:]]})
+        file.write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    data = Conversations(Source(str(file)))
+    expected = [("system", "Be brief."), ("user", "What?"), ("assistant", "A dog.")]
+    assert data.messages(0, 0) == [Message(*each) for each in expected]
+    assert data.sizes()[0].tolist()[0] == 20
+    if suffix == "json":
+        with pytest.raises(ConversationError, match=r"row 1 .* has no question and answer"):
+            data.messages(1, 0)
+
+
+@pytest.mark.parametrize(
+    "turns", ["What?", ["What?"], [{"said": "What?"}], [{"role": "user", "content": ["a"]}]]
+)
+def test_a_column_of_no_turns_is_one_line(turns, tmp_path):
+    pq.write_table(pa.table({"conversations": [turns]}), tmp_path / "some.parquet")
+    with pytest.raises(
+        UserError, match=r'lists of {"from", "value"} or {"role", "content"}.*, not .+'
+    ) as error:
+        Conversations(Source(str(tmp_path / "some.parquet")))
+    assert "\n" not in str(error.value)
 
 
 def test_messages_are_cleaned_as_in_the_released_code():

@@ -1,8 +1,9 @@
 """Conversations about images to learn from: LLaVA's JSON and JSONL files, parquet files, hub names.
 
-A row has `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": text}`, and `image` or
-`images`: encoded, or names of files in an image folder. Each `<image>` in a text stands for a picture. What
-is wrong with a row is told when the row is read, so that whoever reads can skip it, count it and name it.
+A row has `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": text}` or of
+`{"role": "user" | "assistant" | "system", "content": text}`, and `image` or `images`: encoded, or names of
+files in an image folder. Each `<image>` in a text stands for a picture. What is wrong with a row is told when
+the row is read, so that whoever reads can skip it, count it and name it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tokenflow.errors import UserError
 
 IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_LAYOUTS = (("from", "value"), ("role", "content"))  # of a turn
 _LINES, _DOCUMENT = ".jsonl", ".json"
 
 
@@ -45,7 +47,7 @@ class Conversations:
         image_folder: where file names of images start; by default the folder of the source.
 
     Raises:
-        UserError: no such source, or one without conversations.
+        UserError: no such source, one without conversations, or one whose turns are of neither layout.
     """
 
     def __init__(self, source: Source, image_folder: str | Path | None = None):
@@ -54,6 +56,12 @@ class Conversations:
         rows = _from_json(files) if files else open_rows(source)
         if "conversations" not in rows.features:
             raise UserError(f"{source} has no column 'conversations'; it has {', '.join(rows.features)}")
+        kind = rows.features["conversations"]
+        if not _holds_turns(kind):
+            raise UserError(
+                f'{source}: conversations must be lists of {{"from", "value"}} or {{"role", "content"}}, '
+                f"all texts, not {kind}"
+            )
         pictured = [name for name in ("image", "images") if name in rows.features]
         self._pictures = _undecoded(rows.select_columns(pictured[:1]), pictured[0]) if pictured else None
         self._texts = rows.select_columns([name for name in ("conversations", "id") if name in rows.features])
@@ -95,7 +103,7 @@ class Conversations:
         """Characters and `<image>` marks of every row, int64 `[rows]` each, without looking at a picture."""
         sizes = np.zeros((2, len(self)), dtype=np.int64)
         for row, turns in enumerate(self._texts["conversations"]):
-            said = [turn["value"] or "" for turn in turns or []]
+            said = [_role_and_text(turn)[1] or "" for turn in turns or []]
             marks = sum(text.count(IMAGE_MARK) for text in said)
             sizes[:, row] = sum(map(len, said)) - marks * len(IMAGE_MARK), marks
         return sizes[0], sizes[1]
@@ -116,9 +124,10 @@ def clean_messages(turns: Any, pictures: int) -> list[Message]:
     """
     messages = []
     for turn in turns or []:
-        role, text = _ROLES.get(turn.get("from") or ""), turn.get("value") or ""
+        said_by, text = _role_and_text(turn)
+        role, text = _ROLES.get(said_by or ""), text or ""
         if role is None:
-            raise ConversationError(f"has a turn from {turn.get('from')!r}, neither human nor gpt")
+            raise ConversationError(f"has a turn from {said_by!r}, neither human nor gpt")
         marks = text.count(IMAGE_MARK) if pictures else 0
         messages.append(Message(role, text.replace(IMAGE_MARK, "").strip() if marks else text, marks))
     asked = [m for m in messages if m.role != "system"]
@@ -134,6 +143,23 @@ def clean_messages(turns: Any, pictures: int) -> list[Message]:
     if marks != pictures:
         raise ConversationError(f"has {marks} {IMAGE_MARK} marks but {pictures} pictures")
     return messages
+
+
+def _role_and_text(turn: dict[str, Any] | None) -> tuple[Any, Any]:
+    turn = turn or {}  # of a missing turn, and of one of neither layout, there is nothing
+    for role, text in _LAYOUTS:
+        if turn.get(role) is not None:
+            return turn[role], turn.get(text)
+    return None, None
+
+
+def _holds_turns(kind: Any) -> bool:
+    """Whether a column's type is a list of turns."""
+    turn = getattr(kind, "feature", None)
+    if not isinstance(turn, dict):
+        return False
+    texts = {key for key, value in turn.items() if "string" in getattr(value, "dtype", "")}
+    return any(texts.issuperset(layout) for layout in _LAYOUTS)
 
 
 def _json_files(source: Source) -> list[str]:
@@ -174,20 +200,26 @@ def _from_json(files: list[str]) -> Any:
 
 
 def _json_rows(files: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    empty = True
     for file, *_ in files:
         for row in _json_objects(file):
+            empty = False
             row = row if isinstance(row, dict) else {}
             images = row.get("images") or row.get("image") or []
             turns = row.get("conversations")
+            turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+            said = [dict(zip(_LAYOUTS[0], _role_and_text(turn), strict=True)) for turn in turns]
+            if any(isinstance(text, list | dict) for turn in said for text in turn.values()):
+                said = []  # parts of a message, whose text nobody should learn as it is written
             yield {
                 "id": None if row.get("id") is None else str(row["id"]),
                 "images": [str(image) for image in (images if isinstance(images, list) else [images])],
                 "conversations": [
-                    {key: None if turn.get(key) is None else str(turn[key]) for key in ("from", "value")}
-                    for turn in (turns if isinstance(turns, list) else [])
-                    if isinstance(turn, dict)
+                    {key: None if text is None else str(text) for key, text in turn.items()} for turn in said
                 ],
             }
+    if empty:  # of which `datasets` would say that an instruction has no data
+        raise UserError(f"there is no conversation in {', '.join(file for file, *_ in files)}")
 
 
 def _json_objects(file: str) -> Iterator[Any]:

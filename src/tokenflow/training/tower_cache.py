@@ -150,8 +150,8 @@ class TowerCache:
 def _encoded(image: Any, name: str) -> bytes:
     try:
         return image.read_bytes() if isinstance(image, Path) else bytes(image)
-    except OSError as error:
-        raise ImageError(f"cannot read image {name}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError: the name has a NUL character
+        raise ImageError(f"cannot read image {name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def tower_fingerprint(tower: PreTrainedModel, processor: Any, config: Any) -> str:
