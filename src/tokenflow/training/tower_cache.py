@@ -12,6 +12,7 @@ What is notable:
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,6 +34,8 @@ from tokenflow.files import atomic_write
 from tokenflow.tokenizer.modeling import TokenFlowModel
 from tokenflow.tokenizer.token_file import tokenizer_fingerprint
 from tokenflow.training.understanding_data import picture_name
+
+logger = logging.getLogger(__name__)
 
 _BATCH, _BATCH_ON_GPU, _PART = 32, 256, 4096  # pictures at a time, and in a file
 Place = tuple[int, int]  # file, row in it
@@ -56,7 +60,10 @@ class TowerCache:
         self.of_row: dict[tuple[int, int], list[bytes]] = {}
         self.broken: dict[tuple[int, int], str] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            self._add(load_file(file))
+            try:
+                self._add(load_file(file))
+            except (OSError, SafetensorError) as error:
+                logger.warning("left out %s, its pictures are looked at anew: %s", file, error)
 
     def __call__(self, source: int, row: int) -> list[Tensor]:
         if message := self.broken.get((source, row)):
