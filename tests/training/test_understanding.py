@@ -17,12 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tokenflow.errors import UserError
 from tokenflow.recipes.understanding import UNDERSTANDING_RECIPES
-from tokenflow.training.understanding import (
-    Skipped,
-    shared_beginning,
-    some_of_each,
-    train_understanding,
-)
+from tokenflow.training.understanding import Skipped, train_understanding
 from tokenflow.training.understanding_models import build_chat
 from tokenflow.training.understanding_recipe import (
     ChatModelRecipe,
@@ -188,16 +183,6 @@ def test_patch_dropout_shows_a_part_of_each_picture(recipe, lora, conversations,
     assert log_of(again) == log_of(part)
 
 
-def test_some_features_of_each_picture_in_their_order():
-    features = torch.arange(2 * 16 * 1.0).view(2, 16, 1)
-    assert some_of_each(features, 16) is features
-    torch.manual_seed(0)
-    draws = torch.stack([some_of_each(features, 4) for _ in range(200)])[..., 0]
-    assert (draws.diff(dim=-1) > 0).all()
-    assert (draws[:, 0] != draws[:, 1] - 16).any()  # not the same of each picture
-    assert draws.unique(return_counts=True)[1].min() > 20  # of 50 on average
-
-
 # --- that it does not matter how
 
 
@@ -262,15 +247,6 @@ def test_what_conversations_begin_with_is_computed_once(lora, monkeypatch):
         assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
-def test_how_much_of_a_beginning_is_shared():
-    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 9, 5]])
-    unused = torch.zeros_like(ids, dtype=torch.bool)
-    assert shared_beginning(ids, unused) == 3
-    assert shared_beginning(ids, unused | (ids == 3)) == 2
-    assert shared_beginning(ids, unused | (ids == 1)) == 0
-    assert shared_beginning(ids[:1], unused[:1]) == 0  # nothing is learned, so nothing need be computed
-
-
 def test_only_pictures_that_will_be_seen_are_looked_at(recipe):
     def kept() -> int:
         return sum(len(load_file(file)["keys"]) for file in Path(recipe.cache).glob("*/*.safetensors"))
@@ -317,6 +293,23 @@ def test_processes_name_a_row_once(tmp_path):
 
 
 # --- what is refused
+
+
+def test_a_folder_of_another_model_is_refused(lora):
+    train_understanding(replace(lora, instruct=replace(lora.instruct, steps=1)))
+    for change, said in (
+        ({"lora": replace(lora.lora, targets=("o_proj",))}, r"lora\.targets"),
+        ({"lora": replace(lora.lora, rank=4)}, r"lora\.rank 2 -> 4"),
+        ({"lora": LoraRecipe(), "export": "whole"}, r"lora\.rank 2 -> 0"),
+        ({"model": replace(lora.model, feature_strategy="all")}, r"model\.feature_strategy last -> all"),
+    ):
+        with pytest.raises(UserError, match=rf"was begun otherwise \(.*{said}.*another --output-dir"):
+            train_understanding(replace(lora, **change))
+    train_understanding(replace(lora, lora=replace(lora.lora, lr=1e-3)))  # a rate may change
+    (file,) = Path(lora.folder).glob("checkpoints/checkpoint-4/learned.safetensors")
+    file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot read .*learned\.safetensors.* to go back to an older one"):
+        train_understanding(replace(lora, instruct=replace(lora.instruct, steps=5)))
 
 
 def test_mistakes_are_one_line(recipe, lora, tmp_path):

@@ -8,8 +8,7 @@ What is notable:
 - conversations without a picture can hold the language model to what it knew: to its words without LoRA;
 - with a cache the vision tower runs once a picture, not once a step, and for no picture that the steps leave
   out; what does not learn is in bfloat16;
-- words that all conversations of a batch begin with, such as a system prompt, are computed once for all;
-- patch dropout shows it a part of each picture, so that a step is shorter; measurements show all of it;
+- a step leaves out what it need not compute (`shorter_steps`); measurements show all of each picture;
 - a run started again goes on from its newest complete checkpoint and sees the batches that would have come.
 """
 
@@ -18,13 +17,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -41,7 +41,7 @@ from tokenflow.training.callbacks import (
     latest_checkpoint,
     signals_left_to_the_parent,
 )
-from tokenflow.training.progress import StopRequest
+from tokenflow.training.progress import StopRequest, recipe_changes
 from tokenflow.training.sharding import (
     check_deepspeed,
     check_sharding,
@@ -49,6 +49,7 @@ from tokenflow.training.sharding import (
     sharding_options,
     whole_weights,
 )
+from tokenflow.training.shorter_steps import can_share, drop_patches, learned_logits, shared_beginning
 from tokenflow.training.tower_cache import CachedTower, TowerBeside, TowerCache
 from tokenflow.training.understanding_data import (
     IGNORE,
@@ -127,6 +128,8 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
         for_words = word_rows(rows, recipe)
         draw(rows, [*order, *for_words], skipped)
         last = latest_checkpoint(folder)
+        if last is not None:
+            check_goes_on(recipe)
         if len(for_words) and last is None:
             align_to_words(chat, rows, for_words, recipe, arguments.device)
         eval_rows = None
@@ -145,6 +148,17 @@ def train_understanding(recipe: UnderstandingRecipe) -> TrainResult:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     done = trainer.state.global_step
     return TrainResult(done, trainer.stop.reason or "steps", folder / "export", len(skipped.lines))
+
+
+def check_goes_on(recipe: UnderstandingRecipe) -> None:
+    """Raise a UserError if the stage's folder holds checkpoints of another model or another LoRA."""
+    before = checkpointing.load_json(Path(recipe.folder) / "recipe.json")
+    other = ("model.", "lora.rank", "lora.alpha", "lora.targets")
+    changes = [text for text in recipe_changes(before, asdict(recipe)) if text.startswith(other)]
+    if changes:
+        raise UserError(
+            f"{recipe.folder} was begun otherwise ({', '.join(changes)}); another --output-dir starts anew"
+        )
 
 
 def open_rows(
@@ -202,7 +216,8 @@ class UnderstandingTrainer(Trainer):
         self.eval_rows, self.skipped = eval_rows, skipped
         self.stop = StopRequest(None)
         # Several processes call the model equally often, and layers computed again keep no keys and values.
-        self.shares_beginnings = arguments.world_size == 1 and not recipe.gradient_checkpointing
+        alone = arguments.world_size == 1 and not recipe.gradient_checkpointing
+        self.shares_beginnings = alone and can_share(chat.model.model.language_model.config)
         pad = chat.processor.tokenizer.pad_token_id
         super().__init__(
             model=chat.model,
@@ -233,12 +248,13 @@ class UnderstandingTrainer(Trainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, int]:
-        """The cross entropy of all labels, added up, and how many there are."""
+        """The loss of all labels, added up, and their number: cross entropy, or what `lora.keep` says."""
         inputs = dict(inputs)
         self.skipped.add(inputs.pop("skipped"))
         labels = inputs.pop("labels")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        seen, pixels = self.chat.model.model, inputs["pixel_values"]
+        seen, pixels, ids = self.chat.model.model, inputs["pixel_values"], inputs["input_ids"]
+        pictured = ids == self.chat.model.config.image_token_id
         if pixels is None:
             # No features of a picture: so the projector has gradients, and FSDP's processes keep step.
             width = seen.multi_modal_projector.linear_1.in_features
@@ -246,11 +262,12 @@ class UnderstandingTrainer(Trainer):
         else:
             features = seen.vision_tower.look(pixels)
             kept = self.recipe.of_stage.features_kept(features.shape[1])
-            inputs["pixel_values"] = some_of_each(features, kept) if model.training else features
+            inputs["pixel_values"] = features
+            if model.training and kept < features.shape[1]:
+                inputs |= drop_patches(features, kept, pictured)
         inputs |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}  # all that was seen
-        learned, ids = targets != IGNORE, inputs["input_ids"]
-        used = learned | (ids == self.chat.model.config.image_token_id)
-        shared = shared_beginning(ids, used) if self.shares_beginnings else 0
+        learned = targets != IGNORE
+        shared = shared_beginning(ids, learned | pictured) if self.shares_beginnings else 0
         logits = learned_logits(model, inputs, learned, shared)
         if pixels is None and self.chat.lora is not None and self.recipe.lora.keep:
             # The KL of the language model's words from those of the untouched one.
@@ -263,7 +280,7 @@ class UnderstandingTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The mean loss of a label of the first `eval_rows` conversations."""
+        """The mean loss of a label, as in training, of the first `eval_rows` conversations."""
         if self.eval_rows is None:
             return {}
         world, rank = self.args.world_size, self.args.process_index
@@ -319,7 +336,13 @@ class UnderstandingTrainer(Trainer):
         if self.is_fsdp_enabled:  # keeps its own
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            weights = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+            file = Path(resume_from_checkpoint) / _WEIGHTS
+            try:
+                weights = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"cannot read {file}: {error}; delete its folder to go back to an older one"
+                ) from error
             self.chat.model.load_state_dict(weights, strict=False)
 
     def complete_checkpoint(self, folder: Path) -> dict[str, Any]:
@@ -330,35 +353,6 @@ class UnderstandingTrainer(Trainer):
             whole = recipe.stage == "instruct" and recipe.export == "whole"
             self.chat.save(folder / "export", weights, whole, recipe.mixed_precision == "bf16")
         return {"skipped": len(self.skipped.lines)}
-
-
-def shared_beginning(ids: Tensor, used: Tensor) -> int:
-    """How many positions at the start of ids `[B, T]` are equal in all rows, and `used` `[B, T]` in none."""
-    ends = (ids != ids[:1]).any(0) | used.any(0)
-    return int(ends.int().argmax()) if ends.any() else 0
-
-
-def learned_logits(model: Any, inputs: dict[str, Tensor], learned: Tensor, shared: int) -> Tensor:
-    """Logits `[n, V]` float32 of the n learned positions `[B, T]`, the first `shared` ones computed once.
-
-    Those are words that all conversations of a batch begin with, such as the template's system prompt: a
-    third of a short conversation. What they give the others is their keys and values, with gradients.
-    """
-    if shared:
-        ids = inputs["input_ids"]
-        first = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
-        first.batch_repeat_interleave(len(ids))
-        inputs = {**inputs, "input_ids": ids[:, shared:], "past_key_values": first}
-    return model(**inputs, logits_to_keep=learned[:, shared:], use_cache=shared > 0).logits.float()
-
-
-def some_of_each(features: Tensor, count: int) -> Tensor:
-    """`[B, count, D]` of features `[B, N, D]`: others for each picture, at random, in their order."""
-    batch, places, _ = features.shape
-    if count == places:
-        return features
-    chosen = torch.rand(batch, places, device=features.device).topk(count).indices.sort().values
-    return features.gather(1, chosen[:, :, None].expand(-1, -1, features.shape[2]))
 
 
 def training_arguments(recipe: UnderstandingRecipe) -> TrainingArguments:

@@ -80,8 +80,8 @@ class StageRecipe:
     resize_mode: Literal["pad", "squash", "crop"] = "pad"
     """how a picture becomes square"""
     patch_dropout: float = 0.0
-    """share of each picture's features, drawn anew every time, that are left out while training (FLIP, Li et
-    al. 2023): steps are shorter, so more pictures are seen in the same time; end with some steps of 0"""
+    """share of each picture's features, drawn anew every time, that training leaves out: steps are shorter, so
+    more pictures are seen in the same time; set it to 0 for the last steps"""
     lr: float = 1e-3
     """the full learning rate of projector and, without LoRA, language model"""
     batch_size: int = 256
