@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -107,6 +108,17 @@ def test_questions_that_cannot_be_answered_are_one_line(make_chat, pictures):
         talk.ask(3, pictures[0])
     with pytest.raises(UserError, match="images must be PIL images or files, not NoneType"):
         talk.ask("What?", [None])
+    with pytest.raises(UserError, match="images must be PIL images or files, not ndarray"):
+        talk.ask("What?", np.zeros((8, 8, 3)))
+    for length in (
+        {"max_length": 5},
+        {"max_new_tokens": 0},
+        {"generation_config": GenerationConfig(max_length=5)},
+    ):
+        with pytest.raises(UserError, match="leaves none for an answer"):
+            talk.ask("What?", pictures[0], **length)
+    with pytest.raises(UserError, match="the answer may take 128"):
+        talk.ask("a b c " * 125, generation_config=GenerationConfig())
     assert (talk.messages, talk.features) == ([], [])
     assert not encoded  # said before the work
     processor.chat_template = None

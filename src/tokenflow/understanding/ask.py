@@ -77,14 +77,20 @@ class Conversation:
             question.encode()
         except UnicodeEncodeError as error:  # bytes of a command line or pipe that are no text
             raise UserError(f"the question {question!r:.80} is not valid UTF-8 text") from error
-        pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images or [])
+        several: Any = images if isinstance(images, (list, tuple)) else [images]
+        pictures = [] if images is None else list(several)
         if wrong := [type(p).__name__ for p in pictures if not isinstance(p, (Image.Image, str, Path))]:
             raise UserError(f"images must be PIL images or files, not {wrong[0]}")
         messages = [*self.messages, user_message(self.processor, question, len(pictures))]
         inputs = tokenize(self.model, self.processor, [messages])
         images_so_far = len(self.features) + len(pictures)
-        options, given = with_defaults(generate_kwargs), inputs["input_ids"].shape[1]
-        self._check_length(given, images_so_far, longest_answer(options, given))
+        given = inputs["input_ids"].shape[1]
+        options, longest = answer_options(generate_kwargs, given)
+        if longest < 1:
+            raise UserError(
+                f"the conversation has {given} tokens: the length given leaves none for an answer"
+            )
+        self._check_length(given, images_so_far, longest)
         features = self.features + encode_images(self.model, self.processor, pictures)
         (answer,) = generate(self.model, self.processor, inputs, features, **options)
         # What the model wrote may spell a special token too.
@@ -103,19 +109,17 @@ class Conversation:
             )
 
 
-def with_defaults(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options of `model.generate`, with ours where the caller has none."""
-    if generate_kwargs.get("generation_config") is not None:
-        return generate_kwargs
-    length = {} if generate_kwargs.get("max_length") else {"max_new_tokens": MAX_NEW_TOKENS}
-    return {"do_sample": False, **length, **generate_kwargs}
-
-
-def longest_answer(options: dict[str, Any], given: int) -> int:
-    """How many tokens the answer to `given` ones may take, at least one."""
-    settings = options.get("generation_config")
-    new, whole = (options.get(k) or getattr(settings, k, None) for k in ("max_new_tokens", "max_length"))
-    return new or max(1, (whole or given + 1) - given)
+def answer_options(generate_kwargs: dict[str, Any], given: int) -> tuple[dict[str, Any], int]:
+    """Options of `model.generate`, with ours where the caller has none; and how many tokens the answer to
+    `given` ones may take."""
+    settings = generate_kwargs.get("generation_config")
+    options = dict(generate_kwargs) if settings is not None else {"do_sample": False, **generate_kwargs}
+    new, whole = (options.get(k, getattr(settings, k, None)) for k in ("max_new_tokens", "max_length"))
+    if new is None and whole is not None:
+        return options, whole - given
+    if new is None:
+        options["max_new_tokens"] = new = MAX_NEW_TOKENS
+    return options, new
 
 
 # What a turn consists of; evaluation uses it on many questions at a time.
