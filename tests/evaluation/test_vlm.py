@@ -115,6 +115,21 @@ def test_rows_of_both_layouts():
         questions_of({"questions": ["a?", "b?"], "answers": ["1"]}, 0)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a?", "answer": []}, "row 3: the question 'a\\?' has no answer"),
+        ({"question": "a?", "answer": None}, "has no answer"),
+        ({"questions": ["a?", "b?"], "answers": ["1", ["2", None]]}, "the question 'b\\?' has no answer"),
+        ({"questions": ["a?", None], "answers": ["1", "2"]}, "row 3: the question None is no text"),
+        ({"question": "a?", "answer": "1", "task": "average"}, "row 3: no task can be called 'average'"),
+    ],
+)
+def test_rows_that_would_be_counted_wrongly_are_named(row, message):
+    with pytest.raises(UserError, match=message):
+        questions_of(row, 3)
+
+
 @pytest.fixture(scope="module")
 def chat_folder(small_model_folder, tmp_path_factory) -> Path:
     return save_small_chat(tmp_path_factory.mktemp("chat"), small_model_folder)
@@ -219,5 +234,24 @@ def test_sets_that_cannot_be_asked_are_one_line(chat_folder, asked, small_model_
         vlm.evaluate_questions(model, processor, [Source(str(asked), split="val")], limit=0)
     with pytest.raises(UserError, match="must be at least 1"):
         vlm.run(VlmEval(data=(str(asked),), model=str(chat_folder), batch_size=0))
+    with pytest.raises(UserError, match="--limit must be at least 1"):
+        vlm.run(VlmEval(data=(str(asked),), model=str(chat_folder), limit=-1))
     with pytest.raises(UserError, match="answers no questions"):
         vlm.run(VlmEval(data=(str(asked),), model=str(small_model_folder)))
+
+
+def test_the_row_is_named_in_whatever_set_it_is(chat_folder, asked, tmp_path):
+    from tokenflow.understanding import load
+
+    def fails(match: str, *questions: str | None) -> None:
+        rows = [{"image": image, "question": text, "answer": "yes"} for text in questions]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "more.parquet")
+        sources = [Source(str(asked), split="val"), Source(str(tmp_path / "more.parquet"))]
+        with pytest.raises(UserError, match=rf"^{tmp_path}/more.parquet \(train\) {match}"):
+            vlm.evaluate_questions(model, processor, sources, max_new_tokens=2)
+
+    model, processor = load(chat_folder, device="cpu")
+    image = pq.read_table(asked / "val.parquet").to_pylist()[0]["image"]
+    long = r"row 1: the question with its image has \d+ tokens and the answer may take 2, .* reads 512"
+    fails(long, "is it ?", "why " * 600, "is it ?")
+    fails("row 2: the question ' ' is no text", "is it ?", None, " ")

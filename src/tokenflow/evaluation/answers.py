@@ -19,6 +19,7 @@ from tokenflow.errors import UserError
 from tokenflow.evaluation.captions import cider_d
 
 CAPTIONS = "captions"  # the task whose expected answers are references
+AVERAGE = "average"  # stands beside the tasks, so none can have this name
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 _ARTICLES = {"a", "an", "the"}
@@ -92,7 +93,7 @@ def score(questions: Sequence[Question]) -> dict[str, Any]:
     for task in tasks:
         metrics[task or "other"] = _score_task([q for q in questions if q.task == task])
     if len(metrics) > 1:
-        metrics["average"] = statistics.mean(main_figure(figures)[1] for figures in metrics.values())
+        metrics[AVERAGE] = statistics.mean(main_figure(figures)[1] for figures in metrics.values())
     return metrics
 
 

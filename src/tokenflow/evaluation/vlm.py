@@ -17,7 +17,7 @@ from tokenflow.data.images import ImageError, read_image
 from tokenflow.data.sources import Source, default_split, encoded_image, open_source, stream_rows
 from tokenflow.errors import UserError
 from tokenflow.evaluation import report
-from tokenflow.evaluation.answers import CAPTIONS, Question, each_figure, score
+from tokenflow.evaluation.answers import AVERAGE, CAPTIONS, Question, each_figure, score
 from tokenflow.evaluation.options import VlmEval
 from tokenflow.files import atomic_write
 
@@ -40,7 +40,8 @@ def questions_of(row: dict[str, Any], picture: int) -> list[Question]:
     a question give none.
 
     Raises:
-        UserError: there are no such columns, or not as many answers as questions.
+        UserError: there are no such columns, not as many answers as questions, a question that is no text or
+            has no answer, or a task called "average".
     """
     if "questions" in row and "answers" in row:
         asked, answers = row["questions"] or [], row["answers"] or []
@@ -51,9 +52,16 @@ def questions_of(row: dict[str, Any], picture: int) -> list[Question]:
             f"needs columns question and answer, or questions and answers; there are {', '.join(row)}"
         )
     if len(asked) != len(answers):
-        raise UserError(f"picture {picture}: {len(asked)} questions but {len(answers)} answers")
+        raise UserError(f"row {picture}: {len(asked)} questions but {len(answers)} answers")
     several = [answer if isinstance(answer, list) else [answer] for answer in answers]
+    for question, expected in zip(asked, several, strict=True):
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"row {picture}: the question {question!r:.80} is no text")
+        if None in expected or not any(str(text).strip() for text in expected):
+            raise UserError(f"row {picture}: the question {question!r:.80} has no answer")
     where = {"task": str(row.get("task") or ""), "source": str(row.get("source") or "")}
+    if where["task"] == AVERAGE:
+        raise UserError(f"row {picture}: no task can be called {AVERAGE!r}, as the mean of all tasks is")
     return [
         Question(picture, question, tuple(map(str, expected)), **where)
         for question, expected in zip(asked, several, strict=True)
@@ -77,6 +85,9 @@ def answer(
         instruction: a line after each question, but not where a caption is asked for.
         max_new_tokens: where answers are cut off; captions at 32 tokens, if that is more.
         batch_size: pictures and questions at a time.
+
+    Raises:
+        UserError: a question and its answer exceed the model's context.
     """
     from tokenflow.understanding.ask import encode_images, generate, tokenize, user_message
 
@@ -101,11 +112,27 @@ def answer(
                 hint = [instruction] if instruction and questions[i].task != CAPTIONS else []
                 turns.append([user_message(processor, "\n".join([questions[i].question.strip(), *hint]), 1)])
             inputs = tokenize(model, processor, turns)
+            _check_length(model, [questions[i] for i in batch], inputs, limit)
             seen = [features[places[questions[i].picture]] for i in batch]
             options = {"max_new_tokens": limit, "do_sample": False}
             given = generate(model, processor, inputs, seen, **options)
             done |= {i: replace(questions[i], given=text) for i, text in zip(batch, given, strict=True)}
     return [done[i] for i in range(len(questions))]
+
+
+def _check_length(
+    model: LlavaForConditionalGeneration,
+    questions: Sequence[Question],
+    inputs: dict[str, Tensor],
+    answer: int,
+) -> None:
+    context: int = model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
+    for question, given in zip(questions, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        if given + answer > context:
+            raise UserError(
+                f"row {question.picture}: the question with its image has {given} tokens and the answer may "
+                f"take {answer}, but this model reads {context}: shorten the question or lower max_new_tokens"
+            )
 
 
 def evaluate_questions(
@@ -133,7 +160,7 @@ def evaluate_questions(
         task the figures of the single questions, so that two models can be compared question by question.
 
     Raises:
-        UserError: no questions, or columns that do not hold them.
+        UserError: no questions, columns that do not hold them, or one that does not fit the model's context.
     """
     started = time.perf_counter()
     done: list[Question] = []
@@ -143,15 +170,19 @@ def evaluate_questions(
         digest = hashlib.sha256()
         asked: list[Question] = []
         broken: list[str] = []
-        reading = _read(source, limit, done[-1].picture + 1 if done else 0, broken)
+        reading = _read(source, limit, broken)
         while chunk := list(islice(reading, _PICTURES)):
             for picture, questions in chunk:
                 digest.update(picture.tobytes())
                 digest.update(json.dumps([[q.question, q.expected, q.task] for q in questions]).encode())
             pictures = [picture for picture, _ in chunk]
             flat = [question for _, questions in chunk for question in questions]
-            asked += answer(model, processor, pictures, flat, instruction=instruction, **limits)
-        done += asked
+            try:
+                asked += answer(model, processor, pictures, flat, instruction=instruction, **limits)
+            except UserError as error:
+                raise UserError(f"{source} {error}") from error
+        first = done[-1].picture + 1 if done else 0
+        done += [replace(question, picture=first + question.picture) for question in asked]
         skipped += len(broken)
         references.append(
             {
@@ -189,17 +220,17 @@ def fingerprint_of(model: LlavaForConditionalGeneration, name: str) -> dict[str,
 
 
 def _read(
-    source: Source, limit: int | None, first: int, broken: list[str]
+    source: Source, limit: int | None, broken: list[str]
 ) -> Iterator[tuple[Image.Image, list[Question]]]:
-    """Pictures with questions, numbered on from `first`; those that cannot be read are added to `broken`."""
+    """Pictures with questions, numbered by their rows; those that cannot be read are added to `broken`."""
     opened = open_source(source)
     total = None if source.streaming else min(len(opened.dataset), limit or len(opened.dataset))
     rows = islice(stream_rows(source, opened.dataset), limit)
     for number, row in enumerate(tqdm(rows, total=total, unit="image", desc=source.path_or_name[-24:])):
         try:
-            asked = questions_of({key: row[key] for key in opened.columns}, first + number)
+            asked = questions_of({key: row[key] for key in opened.columns}, number)
         except UserError as error:
-            raise UserError(f"{source}: {error}") from error
+            raise UserError(f"{source} {error}") from error
         if not asked:
             continue
         try:
@@ -218,8 +249,8 @@ def run(options: VlmEval) -> report.Result:
     from tokenflow.evaluation.knowledge import compare_knowledge, fingerprint_of_facts
     from tokenflow.understanding import load
 
-    if options.batch_size < 1 or options.max_new_tokens < 1:
-        raise UserError("--batch-size and --max-new-tokens must be at least 1")
+    if min(options.batch_size, options.max_new_tokens, 1 if options.limit is None else options.limit) < 1:
+        raise UserError("--batch-size, --max-new-tokens and --limit must be at least 1")
     if not options.data and not options.text:
         raise UserError("nothing to ask: give --data SET, --text or --tasks")
     for path in (options.out, options.answers):
