@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -16,7 +17,14 @@ from transformers import (
 from small_model import small_language_model, small_words
 from tokenflow import TokenFlowImageProcessor, TokenFlowModel
 from tokenflow.errors import UserError
-from tokenflow.understanding import ask, assemble_continuous, chat_template, load, make_processor
+from tokenflow.understanding import (
+    ask,
+    assemble,
+    assemble_continuous,
+    chat_template,
+    load,
+    make_processor,
+)
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
@@ -95,6 +103,54 @@ def test_a_continuous_teacher_takes_the_towers_place(kind, pictures, tmp_path):
     again, words = load(tmp_path, device="cpu")
     torch.testing.assert_close(again(**prepare(words, [user("What is it?")], pictures[:1])).logits, expected)
     assert isinstance(ask(again, words, pictures[0], "What is it?", max_new_tokens=3), str)
+
+
+def other_language_model(kind: str, **changes):
+    """A random one of another layout than Llama's."""
+    sizes = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **changes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gpt2", r"^GPT2LMHeadModel has a head tied to a table of another name than embed_tokens, which .*"),
+        ("opt", "tied"),
+        ("bloom", "tied"),
+        ("phi", r"^PhiForCausalLM has a head with a bias"),
+    ],
+)
+def test_language_models_that_llava_cannot_hold_are_refused(kind, reason, small_model_folder):
+    tower = TokenFlowModel.from_pretrained(small_model_folder)
+    with pytest.raises(UserError, match=reason) as caught:
+        assemble(
+            tower,
+            other_language_model(kind),
+            small_words(),
+            template="smollm2",
+            feature_strategy="last-semantic",
+        )
+    assert "\n" not in str(caught.value)
+    assert tower.config.feature_strategy == "last"
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("gpt2", False), ("gpt_neox", False), ("olmo2", True)])
+def test_language_models_of_other_layouts_answer_learn_and_are_saved(
+    kind, tied, small_model_folder, pictures, tmp_path
+):
+    tower = TokenFlowModel.from_pretrained(small_model_folder)
+    text = other_language_model(kind, tie_word_embeddings=tied)
+    model, processor = assemble(tower, text, small_words(), template="smollm2")
+    inputs = prepare(processor, [user("What is it?")], pictures[:1])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = load(tmp_path, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(again.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    again(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert again.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_a_saved_folder_is_read_by_transformers_alone(make_chat, pictures, tmp_path):

@@ -115,7 +115,7 @@ def assemble(
     feature_strategy: FeatureStrategy | None = None,
     resize_mode: str = "pad",
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA of a tokenizer and any causal language model, with a new projector: where training begins.
+    """A LLaVA of a tokenizer and a causal language model, with a new projector: where training begins.
 
         tower = TokenFlowModel.from_pretrained("tokenflow-tiny")
         text = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -124,7 +124,8 @@ def assemble(
 
     Args:
         tower: becomes the vision tower; not copied.
-        language_model: any `...ForCausalLM` of transformers; its modules are taken over, not copied.
+        language_model: a `...ForCausalLM` of transformers that LLaVA can hold, such as one of Llama's layout;
+            its modules are taken over, not copied.
         tokenizer: its tokenizer.
         template: see `chat_template`.
         feature_strategy: the rows of Tab. 8; by default the tower's own.
@@ -134,8 +135,9 @@ def assemble(
         The model, in the language model's dtype and on its device, and its processor.
 
     Raises:
-        UserError: unknown template, strategy or resize mode.
+        UserError: unknown template, strategy or resize mode; a language model that LLaVA cannot hold.
     """
+    check_language_model(language_model)
     vision: Any = tower.config
     if feature_strategy is not None:
         vision = tower.config = TokenFlowConfig.from_dict(vision.to_dict(), feature_strategy=feature_strategy)
@@ -162,8 +164,9 @@ def assemble_continuous(
         layer: the hidden state that is used; a class token is dropped.
 
     Raises:
-        UserError: unknown template.
+        UserError: unknown template; a language model that LLaVA cannot hold.
     """
+    check_language_model(language_model)
     vision: Any = tower.config
     patches = (vision.image_size // vision.patch_size) ** 2
     zeros = torch.zeros(1, 3, vision.image_size, vision.image_size, device=tower.device, dtype=tower.dtype)
@@ -205,6 +208,24 @@ def _assemble(
     model.to(language_model.device, language_model.dtype)  # type: ignore[arg-type]
     tower.requires_grad_(False)
     return model.eval(), processor
+
+
+def check_language_model(language_model: PreTrainedModel) -> None:
+    """Raise UserError where transformers' LLaVA cannot hold a language model.
+
+    It ties its head to a table `embed_tokens` only, and its own head has no bias: a saved one would be lost.
+    """
+    head: Any = language_model.get_output_embeddings()
+    if language_model.config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
+        reason = "has a head tied to a table of another name than embed_tokens"
+    elif head.bias is not None:
+        reason = "has a head with a bias"
+    else:
+        return
+    raise UserError(
+        f"{type(language_model).__name__} {reason}, which transformers' LLaVA cannot hold; take one of "
+        "Llama's layout"
+    )
 
 
 @torch.no_grad()
