@@ -226,6 +226,17 @@ def test_several_sets_and_plain_text_in_one_result(chat_folder, asked, tmp_path)
         vlm.run(VlmEval(model=str(chat_folder)))
 
 
+def test_sets_of_one_name_are_told_apart(chat_folder, asked):
+    from tokenflow.understanding import load
+
+    model, processor = load(chat_folder, device="cpu")
+    sources = [Source(str(asked), split="val"), *[Source(str(asked / "val.parquet"))] * 2]
+    result, _ = vlm.evaluate_questions(model, processor, sources, max_new_tokens=1, limit=1)
+    references = result["fingerprint"]["reference"]
+    assert [*references] == ["shapes", "val.parquet", "val.parquet 2"]
+    assert all(name == reference["name"] for name, reference in references.items())
+
+
 def test_sets_that_cannot_be_asked_are_one_line(chat_folder, asked, small_model_folder):
     from tokenflow.understanding import load
 

@@ -164,7 +164,9 @@ def evaluate_questions(
     """
     started = time.perf_counter()
     done: list[Question] = []
-    references, skipped = [], 0
+    references: list[dict[str, Any]] = []
+    skipped = 0
+    ends: list[str] = []
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     for source in sources:
         digest = hashlib.sha256()
@@ -184,16 +186,18 @@ def evaluate_questions(
         first = done[-1].picture + 1 if done else 0
         done += [replace(question, picture=first + question.picture) for question in asked]
         skipped += len(broken)
+        ends.append(source.path_or_name.rstrip("/").rpartition("/")[2])
+        number = ends.count(ends[-1])
         references.append(
             {
-                "name": source.path_or_name.rstrip("/").rpartition("/")[2],
+                "name": ends[-1] if number == 1 else f"{ends[-1]} {number}",  # a/val.parquet, b/val.parquet
                 "split": source.split,
                 "pictures": len({question.picture for question in asked}),
                 "sha256": digest.hexdigest(),
             }
         )
     fingerprint: dict[str, Any] = {
-        "reference": references[0] if len(references) == 1 else {str(r["name"]): r for r in references},
+        "reference": references[0] if len(references) == 1 else {r["name"]: r for r in references},
         "instruction": instruction,
         "max_new_tokens": max_new_tokens,
         "decoding": "greedy",
