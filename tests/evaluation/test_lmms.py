@@ -306,5 +306,13 @@ def test_our_model_in_lmms_eval(small_model_folder, tmp_path, monkeypatch, capfd
 def test_what_cannot_be_asked():
     with pytest.raises(UserError, match="give one of both"):
         lmms.run(VlmEval(data=("x",), tasks=("pope",)))
+    own = {"text": True, "instruction": "Be brief.", "max_new_tokens": 8, "answers": "a", "split": "test"}
+    for name, value in own.items():
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: for your own questions"):
+            lmms.run(VlmEval(tasks=("pope",), **{name: value}))
+    with pytest.raises(UserError, match=r"^--split, --text: "):
+        lmms.run(VlmEval(tasks=("pope",), text=True, split="test"))
     with pytest.raises(UserError, match="no comma in a model's name"):
         lmms.run(VlmEval(model="a,b", tasks=("pope",)))
+    with pytest.raises(UserError, match="--limit must be at least 1"):
+        lmms.run(VlmEval(tasks=("pope",), limit=-1))

@@ -278,12 +278,19 @@ def run(options: VlmEval) -> report.Result:
         UserError: unknown tasks, no lmms-eval, a task that failed, or nothing measured at all.
     """
     started = time.perf_counter()
-    if options.data:
+    own = ("data", "split", "text", "instruction", "max_new_tokens", "answers")
+    given = [
+        f"--{name.replace('_', '-')}" for name in own if getattr(options, name) != getattr(VlmEval, name)
+    ]
+    if given:
         raise UserError(
-            "--data asks your own questions, --tasks and --results are benchmarks: give one of both"
+            f"{', '.join(given)}: for your own questions, and --tasks and --results for benchmarks: "
+            "give one of both"
         )
-    if "," in options.model or options.batch_size < 1:
-        raise UserError("lmms-eval takes no comma in a model's name, and --batch-size must be at least 1")
+    if "," in options.model:
+        raise UserError(f"lmms-eval takes no comma in a model's name, as in {options.model}")
+    if min(options.batch_size, 1 if options.limit is None else options.limit) < 1:
+        raise UserError("--batch-size and --limit must be at least 1")
     results = Path(options.results or RESULTS)
     tasks = tasks_of(options.tasks, others=options.include_path is not None)
     have = {result.task for result in _of_this_run(options, results)}
