@@ -1,14 +1,19 @@
-"""What `--fsdp-config` asks of the Trainer, and mistakes in it; torchrun tests the sharding itself."""
+"""What FSDP and computing layers again ask of the Trainer, and mistakes in it; torchrun tests the sharding."""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
 
 from tokenflow.errors import UserError
-from tokenflow.training.sharding import check_sharding, sharding_options
+from tokenflow.training import sharding, text_to_image, understanding
+from tokenflow.training.sharding import check_sharding, recomputing_options, sharding_options
+from tokenflow.training.text_to_image_recipe import TextToImageRecipe
+from tokenflow.training.understanding_recipe import UnderstandingRecipe
 
 
 def write(folder, text: str) -> str:
@@ -50,3 +55,23 @@ def test_processes_that_cannot_shard_say_so():
     )
     with pytest.raises(UserError, match="sharded over GPUs only"):
         check_sharding(data_parallel)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("trainer", ["text_to_image", "understanding"])
+def test_layers_are_computed_again_without_a_warning(tmp_path, trainer, wanted):
+    options = {"gradient_checkpointing": wanted, "output_dir": str(tmp_path), "trackers": ()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        if trainer == "understanding":
+            arguments = understanding.training_arguments(UnderstandingRecipe(**options))
+        else:
+            arguments = text_to_image.training_arguments(TextToImageRecipe(**options))
+    assert arguments.gradient_checkpointing is wanted  # a mirror of the new name, in versions that have it
+
+
+def test_the_option_has_the_name_that_transformers_knows(monkeypatch):
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        known = {"gradient_checkpointing": bool, name: bool}  # the old name stays for a while
+        monkeypatch.setattr(sharding, "TrainingArguments", make_dataclass("Arguments", known.items()))
+        assert recomputing_options(True) == {name: True}

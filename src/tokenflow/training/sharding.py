@@ -1,18 +1,26 @@
-"""FSDP2 and DeepSpeed by transformers' Trainer: what is asked for, that it happens, whole weights again."""
+"""Saving memory by transformers' Trainer: FSDP2, DeepSpeed, layers computed again; whole weights after it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from tokenflow.errors import UserError
+
+
+def recomputing_options(wanted: bool) -> dict[str, Any]:
+    """The option of `TrainingArguments` that computes layers again in the backward pass, to save memory."""
+    names = {field.name for field in fields(TrainingArguments)}
+    new, old = "activation_checkpointing", "gradient_checkpointing"  # transformers has warned of the old one
+    return {new if new in names else old: wanted}
 
 
 def sharding_options(fsdp_config: str | None, processes: int) -> dict[str, Any]:

@@ -46,7 +46,13 @@ from tokenflow.training.generation_models import (
 )
 from tokenflow.training.muon import MuonAdamW, muon_groups
 from tokenflow.training.progress import StopRequest, cosine
-from tokenflow.training.sharding import check_deepspeed, check_sharding, sharding_options, whole_weights
+from tokenflow.training.sharding import (
+    check_deepspeed,
+    check_sharding,
+    recomputing_options,
+    sharding_options,
+    whole_weights,
+)
 from tokenflow.training.text_to_image_recipe import ClassToImageRecipe, TextToImageRecipe
 
 Recipe = TextToImageRecipe | ClassToImageRecipe
@@ -268,7 +274,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"batch size {data.batch_size} is no multiple of {processes} processes x "
             f"{data.accumulation} parts"
         )
-    memory: dict[str, Any] = {"gradient_checkpointing": True} if recipe.gradient_checkpointing else {}
+    memory = recomputing_options(recipe.gradient_checkpointing)
     memory |= sharding_options(recipe.fsdp_config, processes)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),

@@ -46,6 +46,7 @@ from tokenflow.training.sharding import (
     check_deepspeed,
     check_sharding,
     name_layers,
+    recomputing_options,
     sharding_options,
     whole_weights,
 )
@@ -373,7 +374,7 @@ def training_arguments(recipe: UnderstandingRecipe) -> TrainingArguments:
             f"batch size {stage.batch_size} is no multiple of {processes} processes x "
             f"{stage.accumulation} parts"
         )
-    memory: dict[str, Any] = {"gradient_checkpointing": True} if recipe.gradient_checkpointing else {}
+    memory = recomputing_options(recipe.gradient_checkpointing)
     memory |= sharding_options(recipe.fsdp_config, processes)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
