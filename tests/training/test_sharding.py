@@ -1,4 +1,4 @@
-"""What FSDP and computing layers again ask of the Trainer, and mistakes in it; torchrun tests the sharding."""
+"""What FSDP and computing layers again ask of the Trainer, and mistakes; torchrun tests the sharding."""
 
 from __future__ import annotations
 
