@@ -86,6 +86,13 @@ def test_train_makes_a_model_that_the_other_commands_load(run):
     assert "no-photos" in the_error(run(*train, *losses, "--data.sources", "no-photos", "--steps", 1))
 
 
+def test_values_out_of_range_are_one_line(run):
+    train = ("train", "understanding", "tokenflow-tiny-chat")
+    assert "seed=-1 must be from 0 to" in the_error(run(*train, "--seed", -1))
+    assert "lr=nan must be finite" in the_error(run(*train, "--align.lr", "nan"))
+    assert "unknown tracker 'nope'" in the_error(run(*train, "--trackers", "nope"))
+
+
 @pytest.mark.parametrize(
     ("stopped_by", "expected"), [("steps", 0), ("max_minutes", 0), ("SIGINT", 130), ("SIGTERM", 143)]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,21 @@ def test_parts_that_are_missing_are_one_line(parts, make_chat, tmp_path):
 def test_a_language_model_that_is_missing_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^cannot load language model .*none: "):
         language_model(Parts("tokenflow-tiny", str(tmp_path / "none"), "smollm2"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("t2i", "tokenflow_text_to_image"), ("chat", "llava")])
+def test_a_tower_that_is_none_costs_no_language_model(parts, name, kind):
+    parts = replace(parts, tower=f"tokenflow-tiny-{name}", language_model="/none")
+    message = f"^{parts.tower} is no image tokenizer, nor a vision model: its config says '{kind}'$"
+    with pytest.raises(UserError, match=message):
+        assemble_parts(parts)
+
+
+def test_a_tower_without_a_config_is_one_line(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^cannot load tower .*empty: .+$") as caught:
+        assemble_parts(replace(parts, tower=str(tmp_path / "empty")))
+    assert "\n" not in str(caught.value)
 
 
 def test_make_installs_the_package_that_the_error_names():

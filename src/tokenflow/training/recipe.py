@@ -7,21 +7,35 @@ A recipe is a tree of frozen dataclasses. It holds no model object, so that `tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from tokenflow.errors import UserError
 from tokenflow.training.loss_config import LossConfig
 
 EVERY = ("checkpoint_every", "log_every", "eval_every", "sample_every")
+_COUNTS = ("steps", "batch_size", "accumulation", "eval_rows", "max_length", *EVERY)
+_AMOUNTS = ("lr", "weight_decay", "max_minutes", "rank", "keep", "num_workers")
+# Each condition is false for NaN.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (_COUNTS, lambda value: value >= 1, "at least 1"),
+    (_AMOUNTS, lambda value: 0 <= value < inf, "finite and at least 0"),
+    (("epochs", "alpha"), lambda value: 0 < value < inf, "finite and above 0"),
+    (("clip",), lambda value: value > 0, "above 0"),
+    (("warmup",), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("seed",), lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),  # NumPy's
+)
 
 
 def check_counts(recipe: Any) -> None:
-    """Raise a UserError where a part of a recipe has a count below 1, which training would stumble over."""
-    for name in ("steps", "batch_size", "accumulation", *EVERY):
-        value = getattr(recipe, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
+    """Raise a UserError where a number in a part of a recipe is one that training would stumble over."""
+    for names, fits, must_be in _RANGES:
+        for name in names:
+            value = getattr(recipe, name, None)
+            if value is not None and not fits(value):
+                raise UserError(f"{name}={value} must be {must_be}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenflow.errors import UserError
+from tokenflow.names import unknown_name
 from tokenflow.training.recipe import check_counts
+
+TRACKERS = (
+    *("all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
+    *("mlflow", "neptune", "none", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+"""what the Trainer's `report_to` can name"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,9 @@ class LoraRecipe:
     """conversations without a picture: times this, the divergence from the language model's own words before
     training (KL) is their loss, so that it keeps what it knows; 0: their answers are learned like others"""
 
+    def __post_init__(self) -> None:
+        check_counts(self)
+
 
 @dataclass(frozen=True)
 class WordAlignmentRecipe:
@@ -80,8 +90,8 @@ class StageRecipe:
     resize_mode: Literal["pad", "squash", "crop"] = "pad"
     """how a picture becomes square"""
     patch_dropout: float = 0.0
-    """share of each picture's features, drawn anew every time, that training leaves out: steps are shorter, so
-    more pictures are seen in the same time; set it to 0 for the last steps"""
+    """share of each picture's features, drawn anew every time, that training leaves out: steps are shorter,
+    so more pictures are seen in the same time; set it to 0 for the last steps"""
     lr: float = 1e-3
     """the full learning rate of projector and, without LoRA, language model"""
     batch_size: int = 256
@@ -163,6 +173,9 @@ class UnderstandingRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self)
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown_name("tracker", name, TRACKERS)
 
     @property
     def of_stage(self) -> StageRecipe:

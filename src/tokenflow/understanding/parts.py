@@ -174,11 +174,20 @@ def assemble_parts(
     """Tower and language model of `parts` with a new projector between them: where training begins.
 
     Raises:
-        UserError: a part that cannot be found or read.
+        UserError: a part that cannot be found or read, a tower of another kind.
     """
     tower = resolve(parts.tower)  # first: a wrong name should not cost the loading of a language model
+    try:
+        config = AutoConfig.from_pretrained(tower)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load tower {parts.tower}: {str(error).splitlines()[0]}") from error
+    continuous = config.model_type != TokenFlowModel.config_class.model_type
+    if continuous and not hasattr(config, "patch_size"):
+        raise UserError(
+            f"{parts.tower} is no image tokenizer, nor a vision model: its config says {config.model_type!r}"
+        )
     text, words = language_model(parts, dtype)
-    if AutoConfig.from_pretrained(tower).model_type != TokenFlowModel.config_class.model_type:
+    if continuous:
         vision, seen = AutoModel.from_pretrained(tower), AutoImageProcessor.from_pretrained(tower)
         pictures = TokenFlowImageProcessor(
             size=vision.config.image_size,
