@@ -29,7 +29,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )
 
 
-def check_counts(recipe: Any) -> None:
+def check_numbers(recipe: Any) -> None:
     """Raise a UserError where a number in a part of a recipe is one that training would stumble over."""
     for names, fits, must_be in _RANGES:
         for name in names:
@@ -93,7 +93,7 @@ class DataRecipe:
     """processes that decode images, for each training process; 0 decodes in the training process"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,6 @@ class TrainRecipe:
     """give up after so many steps in a row with a gradient that is not finite"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
         if self.optimizer.schedule == "cosine-minutes" and not self.max_minutes:
             raise UserError('optimizer.schedule="cosine-minutes" needs max_minutes, where the cosine ends')

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tokenflow.errors import UserError
-from tokenflow.training.recipe import check_counts
+from tokenflow.training.recipe import check_numbers
 
 
 @dataclass
@@ -65,6 +65,6 @@ class TeacherRecipe:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
         if self.mix and not self.live_targets:
             raise UserError(f"mix={self.mix} needs live_targets: a cached map knows one picture")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from tokenflow.errors import UserError
-from tokenflow.training.recipe import check_counts
+from tokenflow.training.recipe import check_numbers
 
 
 def check_shares(recipe: Any, *names: str) -> None:
@@ -133,7 +133,7 @@ class GenerationData:
     random ones"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
         check_shares(self, "caption_dropout", "first_sentence", "token_noise")
         if self.token_noise == 1:
             raise UserError("token_noise=1 must be less than 1, or the model may see no true code")
@@ -208,7 +208,7 @@ class GenerationRun:
     """the Trainer's `report_to`; log.jsonl is written in any case"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
         if self.optimizer.schedule == "cosine-minutes" and not self.max_minutes:
             raise UserError('optimizer.schedule="cosine-minutes" needs max_minutes, where the cosine ends')
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tokenflow.errors import UserError
 from tokenflow.names import unknown_name
-from tokenflow.training.recipe import check_counts
+from tokenflow.training.recipe import check_numbers
 
 TRACKERS = (
     *("all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
@@ -54,7 +54,7 @@ class LoraRecipe:
     training (KL) is their loss, so that it keeps what it knows; 0: their answers are learned like others"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class WordAlignmentRecipe:
 
     def __post_init__(self) -> None:
         if self.steps:
-            check_counts(self)
+            check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class StageRecipe:
     """optimizer steps in all, instead of `epochs`"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"patch_dropout={self.patch_dropout} must be at least 0 and below 1")
 
@@ -172,7 +172,7 @@ class UnderstandingRecipe:
     """the Trainer's `report_to`; log.jsonl is written in any case"""
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_numbers(self)
         for name in self.trackers:
             if name not in TRACKERS:
                 raise unknown_name("tracker", name, TRACKERS)
